@@ -1,0 +1,1 @@
+"""Measure a model and spend the bits of a page where they matter."""

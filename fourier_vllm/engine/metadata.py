@@ -1,0 +1,72 @@
+"""Attention metadata of both caches: vLLM's common fields, and the plan of the step made from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder
+
+from fourier_vllm.engine.plan import StepPlan, Window, make_plan
+
+
+@dataclass
+class FourierMetadata(AttentionMetadata):
+    """One group's view of a step; N requests, T tokens.
+
+    Attributes
+    ----------
+    query_start_loc, seq_lens, is_prefilling : torch.Tensor
+        `[N + 1]`, `[N]` (this step's tokens included), `[N]` bool.
+    block_table, slot_mapping : torch.Tensor
+        `[N, blocks]`, `[T]`, of this group.
+    """
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    is_prefilling: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    _plans: dict[Any, StepPlan] = field(default_factory=dict)
+
+    def plan(self, local: FourierMetadata, window: Window) -> StepPlan:
+        """The step's plan, made by the first layer that asks; `self` is the page cache's metadata."""
+        key = (id(local), window)
+        if key not in self._plans:
+            self._plans[key] = make_plan(
+                window,
+                self.query_start_loc,
+                self.seq_lens,
+                self.is_prefilling,
+                self.block_table,
+                local.block_table,
+                local.slot_mapping,
+            )
+        return self._plans[key]
+
+
+class FourierMetadataBuilder(AttentionMetadataBuilder[FourierMetadata]):
+    """Keeps references to the runner's tensors; nothing is computed before a layer runs."""
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> FourierMetadata:
+        common = common_attn_metadata
+        N = common.num_reqs
+        seq_lens = common.seq_lens[:N]
+        is_prefilling = common.is_prefilling
+        if is_prefilling is None:
+            is_prefilling = torch.zeros(N, dtype=torch.bool)
+        return FourierMetadata(
+            query_start_loc=common.query_start_loc[: N + 1],
+            seq_lens=seq_lens,
+            is_prefilling=is_prefilling[:N].to(seq_lens.device),
+            block_table=common.block_table_tensor[:N],
+            slot_mapping=common.slot_mapping,
+        )

@@ -1,0 +1,183 @@
+"""Which recipe an engine runs, and what it makes of one layer on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from fourier_vllm.config import FourierConfig, Geometry
+from fourier_vllm.engine.plan import Window
+from fourier_vllm.page import PageLayout, align
+from fourier_vllm.recipe import (
+    TARGETS,
+    LayerRecipe,
+    ModelFingerprint,
+    Recipe,
+    find_bundled,
+    target_recipe,
+)
+
+# Raw blocks share one pool of block ids with pages: a bigger one would widen every id.
+LOCAL_BLOCK_SIZES = (256, 128, 64, 32, 16, 8)
+ALL_KEPT = "lossless"
+
+
+@dataclass(frozen=True)
+class EngineRecipe:
+    """A recipe as resolved for one engine.
+
+    Attributes
+    ----------
+    recipe : Recipe or None
+        None: each layer derives its bits from its weights.
+    target : str
+        Named target the weights are allocated for, where `recipe` is None.
+    source : str
+        Where it came from, for the log.
+    """
+
+    fingerprint: ModelFingerprint
+    geometry: Geometry
+    recipe: Recipe | None
+    target: str
+    prefill: str
+    source: str
+
+    @property
+    def coefficients(self) -> int:
+        if self.recipe is not None:
+            return self.recipe.coefficients
+        return TARGETS[self.target].coefficients(self.geometry.page_size)
+
+    @property
+    def coefficient_bits(self) -> int:
+        if self.recipe is not None:
+            return self.recipe.coefficient_bits
+        return TARGETS[self.target].coefficient_bits
+
+    def layout(self, bits: LayerRecipe, itemsize: int) -> PageLayout:
+        """Pages of a layer with `bits`."""
+        return PageLayout.build(
+            bits.k,
+            bits.v,
+            head_size=self.fingerprint.head_size,
+            page_size=self.geometry.page_size,
+            coefficients=self.coefficients,
+            coefficient_bits=self.coefficient_bits,
+            itemsize=itemsize,
+        )
+
+    def window(self, ratio: float) -> Window:
+        """Sizes of the local cache beside pages that are `ratio` times smaller than raw ones."""
+        geometry = self.geometry
+        fitting = [b for b in LOCAL_BLOCK_SIZES if b * ratio <= geometry.page_size]
+        size = geometry.local_block_size or (fitting or LOCAL_BLOCK_SIZES[-1:])[0]
+        return Window(
+            page_size=geometry.page_size,
+            local_window=geometry.local_window,
+            sink_tokens=geometry.sink_tokens,
+            block_size=size,
+            exact_prefill=self.prefill == "exact",
+        )
+
+
+def compressed_layers(model_config: Any) -> list[int]:
+    """Indices of the layers with full attention, the ones that are compressed."""
+    config = model_config.hf_text_config
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+
+
+def fingerprint_of(model_config: Any) -> ModelFingerprint:
+    """The shape of an engine's model, as recipes name it."""
+    config = model_config.hf_text_config
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    theta = rope.get("rope_theta") or getattr(config, "rope_theta", None)
+    return ModelFingerprint(
+        architecture=model_config.architecture,
+        num_layers=len(compressed_layers(model_config)),
+        num_heads=config.num_attention_heads,
+        num_kv_heads=model_config.get_total_num_kv_heads(),
+        head_size=model_config.get_head_size(),
+        rope_theta=float(theta) if theta else None,
+    )
+
+
+def engine_recipe(vllm_config: Any) -> EngineRecipe:
+    """Resolve the engine's recipe: the option, the model's config, a bundled one, the weights.
+
+    Raises
+    ------
+    ValueError
+        Options or recipe cannot work, in one sentence.
+    """
+    additional = vllm_config.additional_config
+    options = FourierConfig.from_dict(
+        additional.get("fourier") if isinstance(additional, Mapping) else None
+    )
+    fingerprint = fingerprint_of(vllm_config.model_config)
+    recipe, source = None, "derived from the weights"
+    embedded = getattr(vllm_config.model_config.hf_config, "fourier_attention", None)
+    if options.recipe is not None:
+        recipe, source = _load(options.recipe), options.recipe
+    elif embedded is not None:
+        recipe, source = Recipe.from_dict(embedded, "fourier_attention"), "the model's config"
+    elif options.target == ALL_KEPT:
+        page = options.geometry().page_size
+        recipe, source = target_recipe(fingerprint, ALL_KEPT, page), "option target"
+    elif options.page_size is None:
+        recipe = find_bundled(fingerprint, options.target)
+        source = "bundled, " + recipe.provenance.source if recipe else source
+    if recipe is not None:
+        recipe.check_fits(fingerprint)
+    return EngineRecipe(
+        fingerprint=fingerprint,
+        geometry=options.geometry(recipe),
+        recipe=recipe,
+        target=recipe.name if recipe else options.target,
+        prefill=options.prefill,
+        source=source,
+    )
+
+
+_load = lru_cache(maxsize=8)(Recipe.load)
+
+
+def layer_layout(
+    engine: EngineRecipe, ordinal: int, rank: int, world: int, itemsize: int, projections: Any
+) -> PageLayout:
+    """Pages of the `ordinal`-th compressed layer on one tensor-parallel rank.
+
+    Pages must be of one size on all ranks, so those of a recipe are padded to the largest rank's.
+
+    Raises
+    ------
+    ValueError
+        There is no recipe, and the layer's weights cannot be found either.
+    """
+    if engine.recipe is not None:
+        layouts = [
+            engine.layout(_rank_recipe(engine.recipe, r, world).layers[ordinal], itemsize)
+            for r in range(world)
+        ]
+        return replace(layouts[rank], page_bytes=max(x.page_bytes for x in layouts))
+    if projections is None:
+        raise ValueError(
+            "attention backend fourier found no recipe and cannot read this model's projections: "
+            "make one with `fourier-vllm calibrate` and name it in the option `recipe`."
+        )
+    from fourier_vllm.calibration.weights import layer_recipe, page_bytes_for
+
+    bits = layer_recipe(engine.fingerprint, engine.target, ordinal, engine.geometry.page_size, projections)
+    layout = engine.layout(bits, itemsize)
+    return replace(layout, page_bytes=max(layout.page_bytes, page_bytes_for(layout, engine.target)))
+
+
+@lru_cache(maxsize=64)
+def _rank_recipe(recipe: Recipe, rank: int, world: int) -> Recipe:
+    return recipe.rank_slice(rank, world)

@@ -1,0 +1,88 @@
+"""Runs a step of one layer in plain PyTorch: store, seal, attend, in this order over the whole batch.
+
+Prefix caching publishes a page in the step that computes its last token, so another request of the same
+batch may read it: everything is stored and sealed before anybody attends.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fourier_vllm.engine.plan import Cells, StepPlan
+from fourier_vllm.kernels.reference import PageCodec
+from fourier_vllm.kernels.reference_attention import decode_attention, prefill_attention
+
+
+def store(local: torch.Tensor, cells: Cells, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Write `k, v [n, H, D]` into `local [blocks, H, block_size, 2 * D]`."""
+    local[cells.block, :, cells.offset] = torch.cat([k, v], -1).to(local.dtype)
+
+
+def load(local: torch.Tensor, cells: Cells) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of `cells [...]`, each `[..., H, D]`."""
+    k, v = local[cells.block, :, cells.offset].chunk(2, -1)
+    return k, v
+
+
+def run_step(
+    codec: PageCodec,
+    plan: StepPlan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pages: torch.Tensor,
+    local: torch.Tensor,
+    scale: float,
+    sink_tokens: int,
+    output: torch.Tensor,
+) -> None:
+    """One layer of one step.
+
+    Parameters
+    ----------
+    q, output : torch.Tensor
+        `[T, Hq, D]`.
+    k, v : torch.Tensor
+        `[T, H, D]`.
+    pages : torch.Tensor
+        `[blocks, page_bytes]` uint8, the page cache.
+    local : torch.Tensor
+        `[blocks, H, block_size, 2 * D]`, the local cache.
+    """
+    H = k.shape[1]
+    store(local, plan.store_cells, k[plan.store], v[plan.store])
+    if plan.seal is not None:
+        step = plan.seal
+        k_page, v_page = k[step.token], v[step.token]  # [P, W, H, D]
+        if not bool(step.in_flight.all()):
+            k_old, v_old = load(local, step.cells)
+            fresh = step.in_flight[..., None, None]
+            k_page = torch.where(fresh, k_page, k_old.to(k.dtype))
+            v_page = torch.where(fresh, v_page, v_old.to(v.dtype))
+        pages[step.page] = codec.seal(k_page, v_page, step.num_pinned)
+    if plan.decode is not None:
+        d = plan.decode
+        k_raw, v_raw = load(local, d.cells)
+        out = decode_attention(
+            codec,
+            q[d.query].unflatten(1, (H, -1)),
+            pages[d.page],
+            d.row,
+            d.slot,
+            d.max_pages,
+            sink_tokens,
+            k_raw,
+            v_raw,
+            d.raw_mask,
+            scale,
+        )
+        output[d.query] = out.flatten(1, 2).to(output.dtype)
+    for p in plan.prefill:
+        k_raw, v_raw = load(local, p.cells)
+        k_page, v_page = (x.flatten(0, 1) for x in codec.reconstruct(pages[p.page]))
+        k_context = torch.cat([k_page[p.num_skipped :].to(k_raw.dtype), k_raw])
+        v_context = torch.cat([v_page[p.num_skipped :].to(v_raw.dtype), v_raw])
+        chunk = slice(p.start, p.stop)
+        output[chunk] = prefill_attention(
+            q[chunk], k_context, v_context, k[chunk], v[chunk], scale
+        ).to(output.dtype)

@@ -1,0 +1,1 @@
+"""Measure what a recipe costs in quality."""

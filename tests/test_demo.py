@@ -1,0 +1,53 @@
+"""The demonstration's parts that need no model, and once the whole of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fourier_vllm import demo
+
+METRICS = """# HELP vllm:cache_config_info Information of the LLMEngine CacheConfig
+vllm:cache_config_info{block_size="128",kv_cache_memory_bytes="268435456",\
+kv_cache_size_tokens="70000"} 1.0
+"""
+
+
+def test_memory_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config = {"model_type": "llama", "hidden_size": 576, "head_dim": 64, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config | shape))
+    monkeypatch.setattr(demo, "read_metrics", lambda url: METRICS)
+    report = demo.memory_report(tmp_path, "http://nowhere", "fourier")
+    assert [line.split()[-2:] for line in report.splitlines()] == [
+        ["vLLM", "fourier"],
+        ["23,040", "3,835"],
+        ["11,650", "70,000"],
+        ["1.4", "8.5"],
+    ]
+
+
+@pytest.mark.e2e
+def test_long_text(smollm2: Path) -> None:
+    from tokenizers import Tokenizer
+
+    text = demo.long_text(smollm2, 3000)
+    assert 0 < text.index(demo.NEEDLE) < len(text) / 5
+    tokens = len(Tokenizer.from_file(str(smollm2 / "tokenizer.json")).encode(text).ids)
+    assert abs(tokens - 3000) < 100
+
+
+@pytest.mark.e2e
+def test_whole_demonstration(smollm2: Path) -> None:
+    """`fourier-vllm demo` serves, answers over HTTP, reports a smaller cache and ends."""
+    command = [sys.executable, "-m", "fourier_vllm.cli", "demo"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    assert "bluebird" in run.stdout.split("answer:")[1]
+    (tokens,) = (line for line in run.stdout.splitlines() if line.startswith("tokens in"))
+    stock, ours = (int(number.replace(",", "")) for number in tokens.split()[-2:])
+    assert ours > 3 * stock
