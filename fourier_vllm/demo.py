@@ -75,15 +75,14 @@ def long_text(folder: Path, tokens: int) -> str:
 
 def ask(url: str, document: str) -> None:
     """Send the text and the question; print the answer as it arrives."""
-    import httpx
-    from openai import OpenAI
+    from openai import DefaultHttpxClient, OpenAI
 
     print(f"\nhidden early in the text: {NEEDLE}\nasked: {QUESTION}\nanswer: ", end="", flush=True)
     client = OpenAI(
         base_url=f"{url}/v1",
         api_key="none",
         timeout=600,
-        http_client=httpx.Client(trust_env=False),  # no proxy between us and loopback
+        http_client=DefaultHttpxClient(trust_env=False),  # no proxy between us and loopback
     )
     start = time.monotonic()
     first = 0.0

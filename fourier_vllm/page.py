@@ -4,25 +4,31 @@ A page holds `page_size` (W) tokens of one attention layer for all KV heads of o
 size D). Planes lie one after the other, each 16-byte aligned, the page a multiple of 256 bytes:
 
 ```
-channel codec (K always; V in the `paper` recipe), rows are (head, dim) pairs
-    coef        [H, m, D]      int8, or model dtype       spectral coefficients, DCT-II over W tokens
-    coef_scale  [H, m]         fp16                       only with 8-bit coefficients
-    raw         [R16, W]       model dtype                dims kept as they are
-    codes8/4/2  [Rb, W*b/8]    uint8, low bits first      residual codes, dims sorted by head, then dim
-    scale, zero [R8+R4+R2]     fp16                       per dim, in the order of the code planes
+channel codec (K always; V in the `paper` recipe)
+    coef        [H, m, D]      int8, or model dtype   spectral coefficients, DCT-II over the W tokens
+    coef_scale  [H, m]         fp16                   only with 8-bit coefficients
+    raw         [R, W]         model dtype            dims kept as they are
+    codes       [N, W/4]       uint8, 2-bit codes     residual codes of the C coded dims
+    scale, zero [C]            fp16                   per coded dim
 token codec (V otherwise), after an orthonormal rotation of the head's D dims when b < 16
-    codes       [H, W, D*b/8]  uint8 (3 bits: a 2-bit plane, then a 1-bit plane), or model dtype
-    scale, zero [H, W]         fp16                       per token
+    codes       [b/2, H, W, D/4]  uint8, 2-bit codes  3 bits: one such plane and `high`
+    high        [H, W, D/8]       uint8, 1-bit codes  only with 3 bits
+    scale, zero [H, W]            fp16                per token; 16 bits: only `codes`, model dtype
 ```
 
-Worked example: one head of size 8, W = 32, m = 1 coefficient of 8 bits, V at 2 bits.
+A residual of b = 2, 4 or 8 bits is cut into b/2 rows of 2 bits, the lowest first, so that everything
+that is unpacked is a row of 2-bit codes: a row times 4^level. Coded dims are sorted by head, then bits
+(most first), then dim. A row of n codes of w bits (2, or 1 in `high`) takes s = n*w/8 bytes; byte j
+holds the codes j, j + s, j + 2s, ..., lowest bits first: one shift of a row gives s consecutive codes.
+
+Worked example: one head of size 8, W = 32, m = 1 coefficient of 8 bits, V at 2 bits. The dims have
+8, 4, 2, 2 and no bits: 4 + 2 + 1 + 1 = 8 rows of 8 bytes.
 
 >>> layout = PageLayout.build([[8, 4, 2, 2, 0, 0, 0, 0]], 2, head_size=8, page_size=32,
 ...                           coefficients=1, coefficient_bits=8, itemsize=2)
 >>> [(p.name, p.offset, p.nbytes) for p in layout.planes()]   # doctest: +NORMALIZE_WHITESPACE
-[('k.coef', 0, 8), ('k.coef_scale', 16, 2), ('k.codes8', 32, 32), ('k.codes4', 64, 16),
- ('k.codes2', 80, 16), ('k.scale', 96, 8), ('k.zero', 112, 8),
- ('v.codes', 128, 64), ('v.scale', 192, 64), ('v.zero', 256, 64)]
+[('k.coef', 0, 8), ('k.coef_scale', 16, 2), ('k.codes', 32, 64), ('k.scale', 96, 8),
+ ('k.zero', 112, 8), ('v.codes', 128, 64), ('v.scale', 192, 64), ('v.zero', 256, 64)]
 >>> layout.page_bytes, layout.raw_bytes
 (512, 1024)
 """
@@ -34,7 +40,7 @@ from dataclasses import dataclass, field
 
 PLANE_ALIGNMENT = 16
 PAGE_ALIGNMENT = 256
-CODE_BITS = (8, 4, 2)
+CODE_BITS = 2  # of one code in a row
 
 Bits = Sequence[Sequence[int]]
 
@@ -75,49 +81,58 @@ class _Packer:
 
 @dataclass(frozen=True)
 class ChannelPlanes:
-    """Planes of the channel codec; `rows[b]` lists the `head * D + dim` stored at `b` bits."""
+    """Planes of the channel codec.
 
-    rows: dict[int, tuple[int, ...]]
+    Attributes
+    ----------
+    raw_dims : tuple of int
+        `head * D + dim` of the dims kept raw, `[R]`.
+    coded_dims, coded_bits : tuple of int
+        `head * D + dim` and bits (2, 4, 8) of the coded dims, `[C]`.
+    """
+
+    raw_dims: tuple[int, ...]
+    coded_dims: tuple[int, ...]
+    coded_bits: tuple[int, ...]
     coef: Plane
     coef_scale: Plane | None
     raw: Plane
-    codes: dict[int, Plane]
+    codes: Plane
     scale: Plane
     zero: Plane
-
-    @property
-    def coded_rows(self) -> tuple[int, ...]:
-        """Rows with residual codes, in the order of `scale` and `zero`."""
-        return sum((self.rows[b] for b in CODE_BITS), ())
 
     @classmethod
     def pack(
         cls, packer: _Packer, name: str, bits: Bits, W: int, m: int, coef_bits: int, itemsize: int
     ) -> ChannelPlanes:
         H, D = len(bits), len(bits[0])
-        flat = [b for head in bits for b in head]
-        rows = {b: tuple(i for i, x in enumerate(flat) if x == b) for b in (16, *CODE_BITS)}
-        coded = sum(len(rows[b]) for b in CODE_BITS)
+        raw, coded = [], []
+        for head, row in enumerate(bits):
+            raw += [head * D + dim for dim, b in enumerate(row) if b == 16]
+            some = [(head * D + dim, b) for dim, b in enumerate(row) if 0 < b < 16]
+            coded += sorted(some, key=lambda x: (-x[1], x[0]))
+        num_rows = sum(b for _, b in coded) // CODE_BITS
         return cls(
-            rows=rows,
+            raw_dims=tuple(raw),
+            coded_dims=tuple(dim for dim, _ in coded),
+            coded_bits=tuple(b for _, b in coded),
             coef=packer.take(f"{name}.coef", (H, m, D), 1 if coef_bits == 8 else itemsize),
             coef_scale=packer.take(f"{name}.coef_scale", (H, m), 2) if coef_bits == 8 else None,
-            raw=packer.take(f"{name}.raw", (len(rows[16]), W), itemsize),
-            codes={
-                b: packer.take(f"{name}.codes{b}", (len(rows[b]), W * b // 8), 1) for b in CODE_BITS
-            },
-            scale=packer.take(f"{name}.scale", (coded,), 2),
-            zero=packer.take(f"{name}.zero", (coded,), 2),
+            raw=packer.take(f"{name}.raw", (len(raw), W), itemsize),
+            codes=packer.take(f"{name}.codes", (num_rows, W * CODE_BITS // 8), 1),
+            scale=packer.take(f"{name}.scale", (len(coded),), 2),
+            zero=packer.take(f"{name}.zero", (len(coded),), 2),
         )
+
+    def rows(self) -> list[tuple[int, int]]:
+        """Coded dim (an index into `coded_dims`) and level of every row of `codes`."""
+        return [(i, level) for i, b in enumerate(self.coded_bits) for level in range(b // 2)]
 
     def planes(self) -> Iterator[Plane]:
         yield self.coef
         if self.coef_scale is not None:
             yield self.coef_scale
-        yield self.raw
-        yield from self.codes.values()
-        yield self.scale
-        yield self.zero
+        yield from (self.raw, self.codes, self.scale, self.zero)
 
 
 @dataclass(frozen=True)
@@ -136,10 +151,9 @@ class TokenPlanes:
     ) -> TokenPlanes:
         if bits == 16:
             return cls(16, packer.take(f"{name}.codes", (H, W, D), itemsize), None, None, None)
-        low = 2 if bits == 3 else bits
         return cls(
             bits=bits,
-            codes=packer.take(f"{name}.codes", (H, W, D * low // 8), 1),
+            codes=packer.take(f"{name}.codes", (bits // 2, H, W, D * CODE_BITS // 8), 1),
             high=packer.take(f"{name}.high", (H, W, D // 8), 1) if bits == 3 else None,
             scale=packer.take(f"{name}.scale", (H, W), 2),
             zero=packer.take(f"{name}.zero", (H, W), 2),

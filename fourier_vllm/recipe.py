@@ -460,7 +460,7 @@ def target_recipe(
     RecipeError
         The target is unknown or needs statistics, or a count is outside the schema.
     """
-    if target not in TARGETS:
+    if not isinstance(target, str) or target not in TARGETS:
         raise RecipeError(f"target {show(target)} is unknown: {nearest(target, TARGETS)}.")
     L, H, D = fingerprint.num_layers, fingerprint.num_kv_heads, fingerprint.head_size
     if target == "lossless":

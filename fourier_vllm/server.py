@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,6 +16,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 LOG_TAIL = 30  # lines shown when the server fails
+FIRST_ERROR = re.compile(
+    r"(?:^|\] )(\w*Error: .+)", re.MULTILINE
+)  # the cause; others follow from it
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.5
 
@@ -121,9 +125,11 @@ class Server:
         print(f"ready after {time.monotonic() - start:.0f} s", file=sys.stderr)
 
     def _failure(self, what: str) -> ServerError:
-        tail = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL:]
-        print(*tail, sep="\n", file=sys.stderr)
-        return ServerError(f"vLLM {what}: its last lines are above, all of them in {self.log}.")
+        text = self.log.read_text(errors="replace")
+        print(*text.splitlines()[-LOG_TAIL:], sep="\n", file=sys.stderr)
+        cause = FIRST_ERROR.search(text)
+        reason = f" ({cause[1]})" if cause else ""
+        return ServerError(f"vLLM {what}{reason}: its last lines are above, all in {self.log}.")
 
 
 def vllm_command() -> str:

@@ -1,8 +1,8 @@
 """Plain-PyTorch codec of sealed pages: the ground truth for every kernel, and the CPU path.
 
-Shapes: P pages, H KV heads, G query heads a KV head, W tokens a page, D dims, m coefficients.
-The byte layout is `fourier_vllm.page`; the derivation of the spectral-domain product is in
-docs/how-it-works.md.
+Shapes: P pages, H KV heads, G query heads a KV head, W tokens a page, D dims, m coefficients, C coded
+dims, R raw dims, N rows of 2-bit codes. The byte layout is `fourier_vllm.page`; the derivation of the
+spectral-domain product is in docs/how-it-works.md.
 """
 
 from __future__ import annotations
@@ -10,51 +10,60 @@ from __future__ import annotations
 import torch
 
 from fourier_vllm.kernels.basis import dct_basis, rotation
-from fourier_vllm.page import CODE_BITS, ChannelPlanes, PageLayout, Plane, TokenPlanes
+from fourier_vllm.page import ChannelPlanes, PageLayout, Plane, TokenPlanes
 
-FP16_MAX = 65504.0
-
-
-def _read(pages: torch.Tensor, plane: Plane, dtype: torch.dtype) -> torch.Tensor:
-    """`[P, *plane.shape]` view (copy where alignment asks) of a plane of `pages [P, bytes]`."""
-    raw = pages[:, plane.offset : plane.offset + plane.nbytes].contiguous()
-    return raw.view(dtype).view(pages.shape[0], *plane.shape)
+FP16_MAX = torch.finfo(torch.float16).max
+FP16_TINY = torch.finfo(torch.float16).tiny
 
 
-def _write(pages: torch.Tensor, plane: Plane, values: torch.Tensor) -> None:
-    raw = values.contiguous().view(values.shape[0], -1).view(torch.uint8)
-    pages[:, plane.offset : plane.offset + plane.nbytes] = raw
+def read_plane(pages: torch.Tensor, plane: Plane, dtype: torch.dtype) -> torch.Tensor:
+    """View of a plane of `pages [P, bytes]`, `[P, *plane.shape]` of `dtype`."""
+    start, size = plane.offset // dtype.itemsize, plane.nbytes // dtype.itemsize
+    return pages.view(dtype)[:, start : start + size].view(pages.shape[0], *plane.shape)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack uint8 codes `[..., n]` of `bits` (1, 2, 4, 8) each into `[..., n*bits/8]`, low bits first."""
-    per_byte = 8 // bits
-    lanes = codes.unflatten(-1, (-1, per_byte))
-    shifts = torch.arange(per_byte, device=codes.device, dtype=torch.uint8) * bits
-    return (lanes << shifts).sum(-1, dtype=torch.uint8)
+    """Pack uint8 codes `[..., n]` of 1 or 2 bits into `[..., n*bits/8]`.
+
+    Byte j holds the codes j, j + s, j + 2s, ... with s the number of bytes, lowest bits first.
+    """
+    runs = codes.unflatten(-1, (8 // bits, -1))
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    return (runs << shifts[:, None]).sum(-2, dtype=torch.uint8)
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Inverse of `pack`: uint8 `[..., n*bits/8]` to codes `[..., n]`."""
-    if bits == 8:
-        return packed
-    shifts = torch.arange(8 // bits, device=packed.device, dtype=torch.uint8) * bits
-    return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
+    """Codes of uint8 `[...]` as floats `[8/bits, ...]`: entry i holds codes i*s to (i + 1)*s."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    shifts = shifts.view(-1, *[1] * packed.dim())
+    return ((packed >> shifts) & ((1 << bits) - 1)).float()
 
 
-def quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize(
+    x: torch.Tensor, bits: int | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Asymmetric min/max quantisation of the last dim.
 
-    Returns codes (uint8, shape of `x`) and fp16 scale and zero without the last dim; codes refer to
-    the rounded scale and zero, so dequantisation is `codes * scale + zero` exactly.
+    Parameters
+    ----------
+    x : torch.Tensor
+        `[..., n]` float32.
+    bits : int or torch.Tensor
+        Bits of all of `x`, or `[...]` of each run.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Codes (uint8, shape of `x`), fp16 scale and zero `[...]`. Codes refer to the rounded scale and
+        zero, so that dequantisation is `codes * scale + zero` exactly.
     """
-    levels = (1 << bits) - 1
+    levels = torch.as_tensor(2**bits - 1, dtype=torch.float32, device=x.device)
     zero = x.amin(-1).clamp(-FP16_MAX, FP16_MAX).half()
-    span = x.amax(-1) - zero.float()
-    scale = (span / levels).clamp(0.0, FP16_MAX).half()
-    step = scale.float().clamp_min(torch.finfo(torch.float16).tiny)[..., None]
-    codes = ((x - zero.float()[..., None]) / step).round().clamp(0, levels)
-    return codes.to(torch.uint8), scale, zero
+    scale = ((x.amax(-1) - zero.float()) / levels).clamp(0.0, FP16_MAX).half()
+    step = scale.float().clamp_min(FP16_TINY)[..., None]
+    codes = ((x - zero.float()[..., None]) / step).round()
+    codes = torch.minimum(codes.clamp_min(0.0), levels[..., None])
+    return codes.byte(), scale, zero
 
 
 class ChannelCodec:
@@ -63,93 +72,117 @@ class ChannelCodec:
     def __init__(
         self, planes: ChannelPlanes, layout: PageLayout, dtype: torch.dtype, device: torch.device
     ):
+        def index(values: list[int] | tuple[int, ...]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
         self.planes, self.layout, self.dtype = planes, layout, dtype
         self.coef_dtype = torch.int8 if planes.coef_scale is not None else dtype
-        W, m = layout.page_size, layout.coefficients
-        self.basis = dct_basis(W, m).float().to(device)  # [m, W]
-        self.rows = {b: torch.tensor(r, device=device) for b, r in planes.rows.items() if r}
-        self.coded = torch.tensor(planes.coded_rows, dtype=torch.long, device=device)
+        self.basis = dct_basis(layout.page_size, layout.coefficients).float().to(device)  # [m, W]
+        self.coded, self.raw = index(planes.coded_dims), index(planes.raw_dims)  # [C], [R]
+        self.bits = index(planes.coded_bits)  # [C]
+        self.row_coded = index([i for i, _ in planes.rows()])  # [N]
+        self.row_level = index([level for _, level in planes.rows()])  # [N]
+        self.row_weight = 4.0**self.row_level  # [N]
+        heads = torch.arange(layout.num_kv_heads, device=device)[:, None]
+        self.owns_coded = (self.coded // layout.head_size == heads).float()  # [H, C]
+        self.owns_raw = (self.raw // layout.head_size == heads).float()  # [H, R]
 
     def seal(self, x: torch.Tensor, pages: torch.Tensor) -> None:
         """Write `x [P, W, H, D]` (float32) into `pages [P, bytes]` (uint8)."""
         P, W, H, D = x.shape
-        m = self.layout.coefficients
+        planes, m = self.planes, self.layout.coefficients
         y = x.permute(0, 2, 3, 1).reshape(P, H * D, W)
+        read_plane(pages, planes.raw, self.dtype)[:] = y[:, self.raw]
         coef = y @ self.basis.T  # [P, H*D, m]
-        if 16 in self.rows:
-            coef[:, self.rows[16]] = 0.0
-            _write(pages, self.planes.raw, y[:, self.rows[16]].to(self.dtype))
+        coef[:, self.raw] = 0.0
         coef = coef.view(P, H, D, m).transpose(2, 3)  # [P, H, m, D]
-        if self.planes.coef_scale is not None:
+        if planes.coef_scale is not None:
             scale = (coef.abs().amax(-1) / 127).clamp_max(FP16_MAX).half()
-            step = scale.float().clamp_min(torch.finfo(torch.float16).tiny)[..., None]
-            stored = (coef / step).round().clamp(-127, 127).to(torch.int8)
-            _write(pages, self.planes.coef_scale, scale)
-        else:
-            stored = coef.to(self.dtype)
-        _write(pages, self.planes.coef, stored)
-        residual = y - self._coefficients(pages).transpose(2, 3).reshape(P, H * D, m) @ self.basis
-        scales, zeros = [], []
-        for b in CODE_BITS:
-            if b in self.rows:
-                codes, scale, zero = quantize(residual[:, self.rows[b]], b)
-                _write(pages, self.planes.codes[b], pack(codes, b))
-                scales.append(scale)
-                zeros.append(zero)
-        if scales:
-            _write(pages, self.planes.scale, torch.cat(scales, 1))
-            _write(pages, self.planes.zero, torch.cat(zeros, 1))
+            coef = (coef / scale.float().clamp_min(FP16_TINY)[..., None]).round().clamp(-127, 127)
+            read_plane(pages, planes.coef_scale, torch.float16)[:] = scale
+        read_plane(pages, planes.coef, self.coef_dtype)[:] = coef
+        low = self._coefficients(pages).transpose(2, 3).reshape(P, H * D, m) @ self.basis
+        codes, scale, zero = quantize((y - low)[:, self.coded], self.bits)
+        rows = (codes[:, self.row_coded] >> (2 * self.row_level).byte()[:, None]) & 3  # [P, N, W]
+        read_plane(pages, planes.codes, torch.uint8)[:] = pack(rows, 2)
+        read_plane(pages, planes.scale, torch.float16)[:] = scale
+        read_plane(pages, planes.zero, torch.float16)[:] = zero
 
     def _coefficients(self, pages: torch.Tensor) -> torch.Tensor:
         """Dequantised coefficients `[P, H, m, D]`."""
-        coef = _read(pages, self.planes.coef, self.coef_dtype).float()
+        coef = read_plane(pages, self.planes.coef, self.coef_dtype).float()
         if self.planes.coef_scale is not None:
-            coef = coef * _read(pages, self.planes.coef_scale, torch.float16).float()[..., None]
+            coef *= read_plane(pages, self.planes.coef_scale, torch.float16).float()[..., None]
         return coef
 
-    def _codes(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes `[P, H*D, W]` as floats (raw rows as values), scale and zero `[P, H*D]`."""
-        P, rows = pages.shape[0], self.layout.num_kv_heads * self.layout.head_size
-        codes = pages.new_zeros((P, rows, self.layout.page_size), dtype=torch.float32)
-        scale = pages.new_zeros((P, rows), dtype=torch.float32)
-        zero = torch.zeros_like(scale)
-        for b in CODE_BITS:
-            if b in self.rows:
-                packed = _read(pages, self.planes.codes[b], torch.uint8)
-                codes[:, self.rows[b]] = unpack(packed, b).float()
-        if self.coded.numel():
-            scale[:, self.coded] = _read(pages, self.planes.scale, torch.float16).float()
-            zero[:, self.coded] = _read(pages, self.planes.zero, torch.float16).float()
-        if 16 in self.rows:
-            codes[:, self.rows[16]] = _read(pages, self.planes.raw, self.dtype).float()
-            scale[:, self.rows[16]] = 1.0
-        return codes, scale, zero
+    def _scale_and_zero(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero of the coded dims, `[P, 1, C]` each."""
+        planes = self.planes
+        scale = read_plane(pages, planes.scale, torch.float16).float()
+        return scale[:, None], read_plane(pages, planes.zero, torch.float16).float()[:, None]
+
+    def _rows(self, pages: torch.Tensor) -> torch.Tensor:
+        """Rows of codes `[4, P, N, W/4]`, a quarter of the tokens after the other."""
+        return unpack(read_plane(pages, self.planes.codes, torch.uint8), 2)
 
     def reconstruct(self, pages: torch.Tensor) -> torch.Tensor:
         """Rebuild the tensor, `[P, W, H, D]` float32, dim by dim as the format defines it."""
-        codes, scale, zero = self._codes(pages)
-        y = codes * scale[..., None] + zero[..., None]
-        y = y + self._coefficients(pages).transpose(2, 3).flatten(1, 2) @ self.basis
+        P, W = pages.shape[0], self.layout.page_size
+        y = self._coefficients(pages).transpose(2, 3).flatten(1, 2) @ self.basis  # [P, H*D, W]
+        rows = self._rows(pages).permute(1, 2, 0, 3).reshape(P, -1, W)
+        scale, zero = self._scale_and_zero(pages)
+        residual = y.new_zeros(P, len(self.coded), W)
+        residual.index_add_(1, self.row_coded, rows * self.row_weight[:, None])
+        y[:, self.coded] += residual * scale.transpose(1, 2) + zero.transpose(1, 2)
+        y[:, self.raw] = read_plane(pages, self.planes.raw, self.dtype).float()
         return y.unflatten(1, (self.layout.num_kv_heads, -1)).permute(0, 3, 1, 2)
 
-    def scores(self, q: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        """`q [P, H, G, D]` times this tensor, `[P, H, G, W]`, without rebuilding it:
-        `codes . (scale * q) + E^T (C q) + (zero . q)`."""
-        codes, scale, zero = (
-            t.unflatten(1, (self.layout.num_kv_heads, -1)) for t in self._codes(pages)
-        )
-        s = (q * scale[:, :, None]) @ codes
-        s += (q @ self._coefficients(pages).transpose(2, 3)) @ self.basis
-        return s + (q * zero[:, :, None]).sum(-1, keepdim=True)
+    def scores(self, q: torch.Tensor, page_row: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        """Scores of pages against their request's queries, without rebuilding the keys:
+        `codes . (scale * q) + E^T (C q) + (zero . q)`.
+
+        Parameters
+        ----------
+        q : torch.Tensor
+            `[B, H, G, D]` float32.
+        page_row : torch.Tensor
+            `[P]`, which of the B a page belongs to.
+
+        Returns
+        -------
+        torch.Tensor
+            `[P, H, G, W]`.
+        """
+        D = self.layout.head_size
+        scale, zero = self._scale_and_zero(pages)
+        q_coded = (q[..., self.coded % D] * self.owns_coded[:, None]).flatten(1, 2)  # [B, H*G, C]
+        q_coded = q_coded[page_row]
+        q_rows = (q_coded * scale)[..., self.row_coded] * self.row_weight  # [P, H*G, N]
+        s = (q_rows @ self._rows(pages)).permute(1, 2, 0, 3).flatten(2)  # [P, H*G, W]
+        s = s + (q_coded * zero).sum(-1, keepdim=True)
+        low = (q[page_row] @ self._coefficients(pages).transpose(2, 3)) @ self.basis
+        s = s.view_as(low) + low
+        if len(self.raw):
+            q_raw = (q[..., self.raw % D] * self.owns_raw[:, None]).flatten(1, 2)[page_row]
+            raw = read_plane(pages, self.planes.raw, self.dtype).float()
+            s = s + (q_raw @ raw).view_as(s)
+        return s
 
     def combine(self, p: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
         """Weights `p [P, H, G, W]` times this tensor, `[P, H, G, D]`."""
-        codes, scale, zero = (
-            t.unflatten(1, (self.layout.num_kv_heads, -1)) for t in self._codes(pages)
-        )
-        out = (p @ codes.transpose(2, 3)) * scale[:, :, None]
-        out += (p @ self.basis.T) @ self._coefficients(pages)
-        return out + p.sum(-1, keepdim=True) * zero[:, :, None]
+        H, G = p.shape[1:3]
+        flat = p.flatten(1, 2)  # [P, H*G, W]
+        scale, zero = self._scale_and_zero(pages)
+        quarters = flat.unflatten(-1, (4, -1)).permute(2, 0, 1, 3)  # [4, P, H*G, W/4]
+        rows = (quarters @ self._rows(pages).transpose(2, 3)).sum(0) * self.row_weight
+        coded = rows.new_zeros(*rows.shape[:2], len(self.coded))
+        coded = coded.index_add_(2, self.row_coded, rows) * scale + flat.sum(-1)[..., None] * zero
+        out = (p @ self.basis.T) @ self._coefficients(pages)
+        D = self.layout.head_size
+        out.index_add_(-1, self.coded % D, coded.unflatten(1, (H, G)) * self.owns_coded[:, None])
+        raw = flat @ read_plane(pages, self.planes.raw, self.dtype).float().transpose(1, 2)
+        out.index_add_(-1, self.raw % D, raw.unflatten(1, (H, G)) * self.owns_raw[:, None])
+        return out
 
     def finish(self, out: torch.Tensor) -> torch.Tensor:
         """Nothing was rotated."""
@@ -170,45 +203,55 @@ class TokenCodec:
         x = x.transpose(1, 2)  # [P, H, W, D]
         planes = self.planes
         if planes.scale is None or planes.zero is None:
-            _write(pages, planes.codes, x.to(self.dtype))
+            read_plane(pages, planes.codes, self.dtype)[:] = x
             return
         codes, scale, zero = quantize(x @ self.rotation, planes.bits)
+        rows = read_plane(pages, planes.codes, torch.uint8)
+        for level in range(planes.bits // 2):
+            rows[:, level] = pack((codes >> (2 * level)) & 3, 2)
         if planes.high is not None:
-            _write(pages, planes.codes, pack(codes & 3, 2))
-            _write(pages, planes.high, pack(codes >> 2, 1))
-        else:
-            _write(pages, planes.codes, pack(codes, planes.bits))
-        _write(pages, planes.scale, scale)
-        _write(pages, planes.zero, zero)
+            read_plane(pages, planes.high, torch.uint8)[:] = pack(codes >> 2, 1)
+        read_plane(pages, planes.scale, torch.float16)[:] = scale
+        read_plane(pages, planes.zero, torch.float16)[:] = zero
 
     def _codes(self, pages: torch.Tensor) -> torch.Tensor:
         """Codes `[P, H, W, D]` as floats (16 bits: the values)."""
         planes = self.planes
         if planes.bits == 16:
-            return _read(pages, planes.codes, self.dtype).float()
+            return read_plane(pages, planes.codes, self.dtype).float()
+        rows = unpack(read_plane(pages, planes.codes, torch.uint8), 2)  # [4, P, b/2, H, W, D/4]
+        codes = rows[:, :, 0]
+        for level in range(1, planes.bits // 2):
+            codes = codes + rows[:, :, level] * 4.0**level
+        codes = codes.permute(1, 2, 3, 0, 4).flatten(3)
         if planes.high is not None:
-            low = unpack(_read(pages, planes.codes, torch.uint8), 2)
-            return (low | (unpack(_read(pages, planes.high, torch.uint8), 1) << 2)).float()
-        return unpack(_read(pages, planes.codes, torch.uint8), planes.bits).float()
+            high = unpack(read_plane(pages, planes.high, torch.uint8), 1)  # [8, P, H, W, D/8]
+            codes = codes + 4.0 * high.permute(1, 2, 3, 0, 4).flatten(3)
+        return codes
 
     def reconstruct(self, pages: torch.Tensor) -> torch.Tensor:
         """Rebuild the tensor, `[P, W, H, D]` float32."""
         x = self._codes(pages)
         if self.planes.scale is not None and self.planes.zero is not None:
-            scale = _read(pages, self.planes.scale, torch.float16).float()[..., None]
-            zero = _read(pages, self.planes.zero, torch.float16).float()[..., None]
+            scale = read_plane(pages, self.planes.scale, torch.float16).float()[..., None]
+            zero = read_plane(pages, self.planes.zero, torch.float16).float()[..., None]
             x = (x * scale + zero) @ self.rotation.T
         return x.transpose(1, 2)
 
     def combine(self, p: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
         """Weights `p [P, H, G, W]` times the rotated values, `[P, H, G, D]`; `finish` undoes the
         rotation. Scales are folded into `p`, zeros make a rank-one term."""
-        codes = self._codes(pages)
-        if self.planes.scale is None or self.planes.zero is None:
-            return p @ codes
-        scale = _read(pages, self.planes.scale, torch.float16).float()[:, :, None]
-        zero = _read(pages, self.planes.zero, torch.float16).float()[..., None]
-        return (p * scale) @ codes + p @ zero
+        planes = self.planes
+        if planes.scale is None or planes.zero is None:
+            return p @ self._codes(pages)
+        p_scaled = p * read_plane(pages, planes.scale, torch.float16).float()[:, :, None]
+        zero = read_plane(pages, planes.zero, torch.float16).float()[..., None]
+        if planes.bits == 2:  # without putting the quarters of the dims together first
+            rows = unpack(read_plane(pages, planes.codes, torch.uint8)[:, 0], 2)
+            out = (p_scaled @ rows).permute(1, 2, 3, 0, 4).flatten(3)
+        else:
+            out = p_scaled @ self._codes(pages)
+        return out + p @ zero
 
     def finish(self, out: torch.Tensor) -> torch.Tensor:
         """Undo the rotation of `out [..., D]`, once an output instead of once a token."""

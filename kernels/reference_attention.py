@@ -53,7 +53,7 @@ def decode_attention(
     s_raw = s_raw.masked_fill(~raw_mask[:, None, None], float("-inf"))
     if not max_pages:
         return torch.einsum("nhgt,nthd->nhgd", s_raw.softmax(-1), v_raw.float())
-    s_page = codec.k.scores(q[page_row], pages)  # [P, H, G, W]
+    s_page = codec.k.scores(q, page_row, pages)  # [P, H, G, W]
     s_page[page_slot == 0, ..., :sink_tokens] = float("-inf")
     s = q.new_full((N, max_pages, H, G, W), float("-inf"))
     s[page_row, page_slot] = s_page

@@ -62,13 +62,16 @@ def test_ready_and_gone(command: Path, tmp_path: Path) -> None:
 def test_failure_shows_the_log(
     command: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(command, "print('no such model'); raise SystemExit(3)")
+    write(command, "print('[core.py:1] ValueError: no such model', 'no more', sep='\\n'); exit(3)")
     with (
-        pytest.raises(ServerError, match="ended with exit code 3: its last lines are above"),
+        pytest.raises(
+            ServerError,
+            match=r"ended with exit code 3 \(ValueError: no such model\): its last lines",
+        ),
         Server(tmp_path, [], tmp_path / "log", timeout=30),
     ):
         pass
-    assert "no such model" in capsys.readouterr().err
+    assert "no more" in capsys.readouterr().err
 
 
 def test_timeout(command: Path, tmp_path: Path) -> None:

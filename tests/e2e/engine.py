@@ -1,0 +1,126 @@
+"""Runs vLLM in this process and talks to it in token ids."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tests.e2e.toys import VOCAB_SIZE
+
+# Small pages and windows, so that short sequences go through every edge.
+LOSSLESS = dict(target="lossless", page_size=32, local_window=48, sink_tokens=16)
+
+
+@contextmanager
+def engine(model: Any, fourier: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
+    """An LLM in this process; `fourier` selects the backend, None is stock vLLM."""
+    import torch
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings: dict[str, Any] = dict(
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=1024,
+        max_num_batched_tokens=64,
+        max_num_seqs=4,
+        kv_cache_memory_bytes=64 << 20,
+        skip_tokenizer_init=True,
+        seed=0,
+    )
+    if fourier is not None:
+        settings |= dict(attention_backend="fourier", additional_config={"fourier": fourier})
+    llm = LLM(str(model), **settings | options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        torch._dynamo.reset()
+
+
+def prompts(seed: int = 0) -> list[list[int]]:
+    """Short, page-sized and long prompts, and three that share a prefix of 200 tokens."""
+    random_ = random.Random(seed)
+
+    def ids(n: int) -> list[int]:
+        return [random_.randrange(3, VOCAB_SIZE) for _ in range(n)]
+
+    shared = ids(200)
+    return [ids(n) for n in (5, 37, 130, 300)] + [shared + ids(n) for n in (10, 70, 1)]
+
+
+def generate(llm: Any, ids: list[list[int]], max_tokens: int = 100, **sampling: Any) -> list[Any]:
+    """Greedy tokens with log-probabilities; one vLLM output a prompt, in order."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        **dict(
+            temperature=0, max_tokens=max_tokens, logprobs=1, detokenize=False, ignore_eos=True
+        )
+        | sampling
+    )
+    return llm.generate([{"prompt_token_ids": x} for x in ids], params, use_tqdm=False)
+
+
+def tokens(outputs: list[Any]) -> list[list[int]]:
+    """Token ids of every completion of every output."""
+    return [list(c.token_ids) for o in outputs for c in o.outputs]
+
+
+def conversation(llm: Any, max_tokens: int = 100) -> list[list[int]]:
+    """Prompts, the same again (prefix hits), then a second turn of the first four."""
+    ids = prompts()
+    first = generate(llm, ids, max_tokens)
+    again = generate(llm, ids, max_tokens)
+    turns = [p + a + [7, 8, 9] for p, a in zip(ids[:4], tokens(first)[:4])]
+    return tokens(first) + tokens(again) + tokens(generate(llm, turns, max_tokens))
+
+
+@contextmanager
+def count_preemptions() -> Iterator[list[int]]:
+    """A list whose only element counts preemptions."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    original, count = Scheduler._preempt_request, [0]
+
+    def preempt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        return original(self, *args, **kwargs)
+
+    Scheduler._preempt_request = preempt
+    try:
+        yield count
+    finally:
+        Scheduler._preempt_request = original
+
+
+@contextmanager
+def poison_free_blocks(llm: Any) -> Iterator[None]:
+    """Fill both caches with NaN bytes, and every block again when it is handed out."""
+    import torch
+    from vllm.v1.core.block_pool import BlockPool
+
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    layers = runner.compilation_config.static_forward_context.values()
+    caches = [layer.kv_cache for layer in layers]
+    for cache in caches:
+        cache.view(torch.uint8).fill_(0xFF)
+    original = BlockPool.get_new_blocks
+
+    def get_new_blocks(self: Any, num_blocks: int) -> list[Any]:
+        blocks = original(self, num_blocks)
+        for cache in caches:
+            cache.view(torch.uint8)[[b.block_id for b in blocks]] = 0xFF
+        return blocks
+
+    BlockPool.get_new_blocks = get_new_blocks
+    try:
+        yield
+    finally:
+        BlockPool.get_new_blocks = original

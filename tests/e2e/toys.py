@@ -1,0 +1,68 @@
+"""Tiny randomly initialised models, one a family: right in every mechanism, meaningless in text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCAB_SIZE = 512
+MAX_POSITIONS = 2048
+
+COMMON: dict[str, Any] = dict(
+    hidden_size=128,
+    intermediate_size=192,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    vocab_size=VOCAB_SIZE,
+    max_position_embeddings=MAX_POSITIONS,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+
+# family: model class without ForCausalLM, and what differs from COMMON
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-mha": ("Llama", dict(num_key_value_heads=4)),
+    "llama-mqa": ("Llama", dict(num_key_value_heads=1, head_dim=64)),
+    "llama-wide": ("Llama", dict(head_dim=80)),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "mistral": ("Mistral", dict(sliding_window=None)),
+    "phi3": ("Phi3", {}),
+    "granite": ("Granite", dict(attention_multiplier=0.2)),
+    "gemma3": (
+        "Gemma3",
+        dict(
+            sliding_window=64,
+            query_pre_attn_scalar=32,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        ),
+    ),
+}
+
+
+def make_toy(folder: Path, family: str) -> Path:
+    """Write a toy model of `family` below `folder`; returns its folder."""
+    path = folder / family
+    if path.exists():
+        return path
+    name, changes = FAMILIES[family]
+    config_name = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
+    config = getattr(transformers, config_name)(**{**COMMON, **changes}, dtype="float32")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for parameter_name, parameter in model.named_parameters():
+        # Weights large enough that far tokens matter; biases and norms away from their defaults.
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+        elif parameter_name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(path)
+    return path
