@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_doctor, _add_fetch, _add_demo):
+    for add in (_add_doctor, _add_fetch, _add_demo, _add_calibrate, _add_inspect):
         add(commands)
     return parser
 
@@ -109,6 +109,79 @@ def _demo(args: argparse.Namespace) -> int:
             vllm_args=args.vllm_args,
         )
     )
+
+
+def _add_calibrate(commands: Commands) -> None:
+    from fourier_vllm import recipe
+
+    text = "measure a model on a text and write a recipe"
+    parser = commands.add_parser("calibrate", help=text, description=text)
+    parser.add_argument("model", help="Hugging Face folder or Hub id")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="UTF-8; default: Python's language reference"
+    )
+    targets = [name for name in recipe.TARGETS if name != "lossless"]
+    parser.add_argument("--target", choices=targets, default="balanced")
+    for option, default, choices in (
+        ("--page-size", recipe.DEFAULT_PAGE_SIZE, recipe.PAGE_SIZES),
+        ("--local-window", recipe.DEFAULT_LOCAL_WINDOW, None),
+        ("--sink-tokens", recipe.DEFAULT_SINK_TOKENS, None),
+        ("--tokens", 16384, None),
+    ):
+        parser.add_argument(
+            option,
+            type=int,
+            default=default,
+            choices=choices,
+            metavar="N",
+            help="default: %(default)s",
+        )
+    parser.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks that keep pages of one size; default: %(default)s",
+    )
+    parser.add_argument("--no-check", action="store_true", help="do not measure the recipe's cost")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="default: MODEL-TARGET.json"
+    )
+    parser.set_defaults(run=_calibrate)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from fourier_vllm.calibration.calibrate import Options, run
+
+    return run(
+        Options(
+            model=args.model,
+            text=args.text,
+            target=args.target,
+            page_size=args.page_size,
+            local_window=args.local_window,
+            sink_tokens=args.sink_tokens,
+            tokens=args.tokens,
+            tensor_parallel_size=args.tensor_parallel_size,
+            check=not args.no_check,
+            output=args.output,
+        )
+    )
+
+
+def _add_inspect(commands: Commands) -> None:
+    text = "show what a recipe keeps of each layer"
+    parser = commands.add_parser("inspect", help=text, description=text)
+    parser.add_argument("recipe", type=Path, help="recipe file")
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from fourier_vllm.inspection import describe
+    from fourier_vllm.recipe import Recipe
+
+    print(describe(Recipe.load(args.recipe)))
+    return 0
 
 
 if __name__ == "__main__":

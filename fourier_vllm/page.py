@@ -8,21 +8,23 @@ channel codec (K always; V in the `paper` recipe)
     coef        [H, m, D]      int8, or model dtype   spectral coefficients, DCT-II over the W tokens
     coef_scale  [H, m]         fp16                   only with 8-bit coefficients
     raw         [R, W]         model dtype            dims kept as they are
-    codes       [N, W/4]       uint8, 2-bit codes     residual codes of the C coded dims
+    codes       [W/4, N]       uint8, 2-bit codes     residual codes of the C coded dims
     scale, zero [C]            fp16                   per coded dim
 token codec (V otherwise), after an orthonormal rotation of the head's D dims when b < 16
-    codes       [b/2, H, W, D/4]  uint8, 2-bit codes  3 bits: one such plane and `high`
-    high        [H, W, D/8]       uint8, 1-bit codes  only with 3 bits
-    scale, zero [H, W]            fp16                per token; 16 bits: only `codes`, model dtype
+    codes       [b/2, H, W/4, D]  uint8, 2-bit codes  3 bits: one such plane and `high`
+    high        [H, W/8, D]       uint8, 1-bit codes  only with 3 bits
+    scale, zero [H, W]            fp16                per token
+    (16 bits: codes [H, W, D] in model dtype, nothing else)
 ```
 
-A residual of b = 2, 4 or 8 bits is cut into b/2 rows of 2 bits, the lowest first, so that everything
-that is unpacked is a row of 2-bit codes: a row times 4^level. Coded dims are sorted by head, then bits
-(most first), then dim. A row of n codes of w bits (2, or 1 in `high`) takes s = n*w/8 bytes; byte j
-holds the codes j, j + s, j + 2s, ..., lowest bits first: one shift of a row gives s consecutive codes.
+A residual of b = 2, 4 or 8 bits is cut into b/2 columns of 2-bit codes, the lowest first, so that
+everything that is unpacked is a column of 2-bit codes, worth 4^level each. Coded dims are sorted by head, then bits
+(most first), then dim. Codes are packed along the tokens: of s = W/4 bytes (W/8 in `high`), byte j
+holds the codes of tokens j, j + s, j + 2s, ..., lowest bits first, so that one shift of a run of bytes
+gives the codes of s consecutive tokens.
 
 Worked example: one head of size 8, W = 32, m = 1 coefficient of 8 bits, V at 2 bits. The dims have
-8, 4, 2, 2 and no bits: 4 + 2 + 1 + 1 = 8 rows of 8 bytes.
+8, 4, 2, 2 and no bits: 4 + 2 + 1 + 1 = 8 columns of 8 bytes.
 
 >>> layout = PageLayout.build([[8, 4, 2, 2, 0, 0, 0, 0]], 2, head_size=8, page_size=32,
 ...                           coefficients=1, coefficient_bits=8, itemsize=2)
@@ -111,7 +113,7 @@ class ChannelPlanes:
             raw += [head * D + dim for dim, b in enumerate(row) if b == 16]
             some = [(head * D + dim, b) for dim, b in enumerate(row) if 0 < b < 16]
             coded += sorted(some, key=lambda x: (-x[1], x[0]))
-        num_rows = sum(b for _, b in coded) // CODE_BITS
+        num_columns = sum(b for _, b in coded) // CODE_BITS
         return cls(
             raw_dims=tuple(raw),
             coded_dims=tuple(dim for dim, _ in coded),
@@ -119,14 +121,16 @@ class ChannelPlanes:
             coef=packer.take(f"{name}.coef", (H, m, D), 1 if coef_bits == 8 else itemsize),
             coef_scale=packer.take(f"{name}.coef_scale", (H, m), 2) if coef_bits == 8 else None,
             raw=packer.take(f"{name}.raw", (len(raw), W), itemsize),
-            codes=packer.take(f"{name}.codes", (num_rows, W * CODE_BITS // 8), 1),
+            codes=packer.take(f"{name}.codes", (W * CODE_BITS // 8, num_columns), 1),
             scale=packer.take(f"{name}.scale", (len(coded),), 2),
             zero=packer.take(f"{name}.zero", (len(coded),), 2),
         )
 
-    def rows(self) -> list[tuple[int, int]]:
-        """Coded dim (an index into `coded_dims`) and level of every row of `codes`."""
-        return [(i, level) for i, b in enumerate(self.coded_bits) for level in range(b // 2)]
+    def columns(self) -> list[tuple[int, int]]:
+        """Coded dim (an index into `coded_dims`) and level of every column of `codes`."""
+        return [
+            (i, level) for i, b in enumerate(self.coded_bits) for level in range(b // CODE_BITS)
+        ]
 
     def planes(self) -> Iterator[Plane]:
         yield self.coef
@@ -153,8 +157,8 @@ class TokenPlanes:
             return cls(16, packer.take(f"{name}.codes", (H, W, D), itemsize), None, None, None)
         return cls(
             bits=bits,
-            codes=packer.take(f"{name}.codes", (bits // 2, H, W, D * CODE_BITS // 8), 1),
-            high=packer.take(f"{name}.high", (H, W, D // 8), 1) if bits == 3 else None,
+            codes=packer.take(f"{name}.codes", (bits // 2, H, W * CODE_BITS // 8, D), 1),
+            high=packer.take(f"{name}.high", (H, W // 8, D), 1) if bits == 3 else None,
             scale=packer.take(f"{name}.scale", (H, W), 2),
             zero=packer.take(f"{name}.zero", (H, W), 2),
         )

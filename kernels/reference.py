@@ -1,7 +1,7 @@
 """Plain-PyTorch codec of sealed pages: the ground truth for every kernel, and the CPU path.
 
 Shapes: P pages, H KV heads, G query heads a KV head, W tokens a page, D dims, m coefficients, C coded
-dims, R raw dims, N rows of 2-bit codes. The byte layout is `fourier_vllm.page`; the derivation of the
+dims, R raw dims, N columns of 2-bit codes. The byte layout is `fourier_vllm.page`; the derivation of the
 spectral-domain product is in docs/how-it-works.md.
 """
 
@@ -13,7 +13,6 @@ from fourier_vllm.kernels.basis import dct_basis, rotation
 from fourier_vllm.page import ChannelPlanes, PageLayout, Plane, TokenPlanes
 
 FP16_MAX = torch.finfo(torch.float16).max
-FP16_TINY = torch.finfo(torch.float16).tiny
 
 
 def read_plane(pages: torch.Tensor, plane: Plane, dtype: torch.dtype) -> torch.Tensor:
@@ -23,20 +22,27 @@ def read_plane(pages: torch.Tensor, plane: Plane, dtype: torch.dtype) -> torch.T
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack uint8 codes `[..., n]` of 1 or 2 bits into `[..., n*bits/8]`.
+    """Pack uint8 codes `[..., n, c]` of 1 or 2 bits along their n tokens, `[..., n*bits/8, c]`.
 
-    Byte j holds the codes j, j + s, j + 2s, ... with s the number of bytes, lowest bits first.
+    Of s = n*bits/8 bytes, byte j holds the codes of tokens j, j + s, j + 2s, ..., lowest bits first.
     """
-    runs = codes.unflatten(-1, (8 // bits, -1))
+    runs = codes.unflatten(-2, (8 // bits, -1))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return (runs << shifts[:, None]).sum(-2, dtype=torch.uint8)
+    return (runs << shifts[:, None, None]).sum(-3, dtype=torch.uint8)
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes of uint8 `[...]` as floats `[8/bits, ...]`: entry i holds codes i*s to (i + 1)*s."""
+    """Inverse of `pack`, as floats."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    shifts = shifts.view(-1, *[1] * packed.dim())
-    return ((packed >> shifts) & ((1 << bits) - 1)).float()
+    runs = packed.unsqueeze(-3) >> shifts[:, None, None]
+    runs &= (1 << bits) - 1
+    return runs.flatten(-3, -2).float()
+
+
+def step_of(scale: torch.Tensor) -> torch.Tensor:
+    """Divisor `[..., 1]` for an fp16 scale `[...]`, which may be zero."""
+    step = scale.float()
+    return torch.where(step > 0, step, 1.0)[..., None]
 
 
 def quantize(
@@ -60,8 +66,7 @@ def quantize(
     levels = torch.as_tensor(2**bits - 1, dtype=torch.float32, device=x.device)
     zero = x.amin(-1).clamp(-FP16_MAX, FP16_MAX).half()
     scale = ((x.amax(-1) - zero.float()) / levels).clamp(0.0, FP16_MAX).half()
-    step = scale.float().clamp_min(FP16_TINY)[..., None]
-    codes = ((x - zero.float()[..., None]) / step).round()
+    codes = ((x - zero.float()[..., None]) / step_of(scale)).round()
     codes = torch.minimum(codes.clamp_min(0.0), levels[..., None])
     return codes.byte(), scale, zero
 
@@ -80,11 +85,12 @@ class ChannelCodec:
         self.basis = dct_basis(layout.page_size, layout.coefficients).float().to(device)  # [m, W]
         self.coded, self.raw = index(planes.coded_dims), index(planes.raw_dims)  # [C], [R]
         self.bits = index(planes.coded_bits)  # [C]
-        self.row_coded = index([i for i, _ in planes.rows()])  # [N]
-        self.row_level = index([level for _, level in planes.rows()])  # [N]
-        self.row_weight = 4.0**self.row_level  # [N]
+        self.column_coded = index([i for i, _ in planes.columns()])  # [N]
+        self.column_level = index([level for _, level in planes.columns()])  # [N]
+        self.column_weight = 4.0**self.column_level  # [N]
         heads = torch.arange(layout.num_kv_heads, device=device)[:, None]
         self.owns_coded = (self.coded // layout.head_size == heads).float()  # [H, C]
+        self.owns_column = self.owns_coded[:, self.column_coded]  # [H, N]
         self.owns_raw = (self.raw // layout.head_size == heads).float()  # [H, R]
 
     def seal(self, x: torch.Tensor, pages: torch.Tensor) -> None:
@@ -98,13 +104,17 @@ class ChannelCodec:
         coef = coef.view(P, H, D, m).transpose(2, 3)  # [P, H, m, D]
         if planes.coef_scale is not None:
             scale = (coef.abs().amax(-1) / 127).clamp_max(FP16_MAX).half()
-            coef = (coef / scale.float().clamp_min(FP16_TINY)[..., None]).round().clamp(-127, 127)
+            coef = (coef / step_of(scale)).round().clamp(-127, 127)
             read_plane(pages, planes.coef_scale, torch.float16)[:] = scale
+        else:  # the first coefficient is up to sqrt(W) times the largest value
+            limit = torch.finfo(self.dtype).max
+            coef = coef.clamp(-limit, limit)
         read_plane(pages, planes.coef, self.coef_dtype)[:] = coef
         low = self._coefficients(pages).transpose(2, 3).reshape(P, H * D, m) @ self.basis
         codes, scale, zero = quantize((y - low)[:, self.coded], self.bits)
-        rows = (codes[:, self.row_coded] >> (2 * self.row_level).byte()[:, None]) & 3  # [P, N, W]
-        read_plane(pages, planes.codes, torch.uint8)[:] = pack(rows, 2)
+        columns = codes.transpose(1, 2)[..., self.column_coded]  # [P, W, N]
+        columns = (columns >> (2 * self.column_level).byte()) & 3
+        read_plane(pages, planes.codes, torch.uint8)[:] = pack(columns, 2)
         read_plane(pages, planes.scale, torch.float16)[:] = scale
         read_plane(pages, planes.zero, torch.float16)[:] = zero
 
@@ -121,18 +131,18 @@ class ChannelCodec:
         scale = read_plane(pages, planes.scale, torch.float16).float()
         return scale[:, None], read_plane(pages, planes.zero, torch.float16).float()[:, None]
 
-    def _rows(self, pages: torch.Tensor) -> torch.Tensor:
-        """Rows of codes `[4, P, N, W/4]`, a quarter of the tokens after the other."""
+    def _columns(self, pages: torch.Tensor) -> torch.Tensor:
+        """Columns of codes `[P, W, N]` as floats."""
         return unpack(read_plane(pages, self.planes.codes, torch.uint8), 2)
 
     def reconstruct(self, pages: torch.Tensor) -> torch.Tensor:
         """Rebuild the tensor, `[P, W, H, D]` float32, dim by dim as the format defines it."""
         P, W = pages.shape[0], self.layout.page_size
         y = self._coefficients(pages).transpose(2, 3).flatten(1, 2) @ self.basis  # [P, H*D, W]
-        rows = self._rows(pages).permute(1, 2, 0, 3).reshape(P, -1, W)
         scale, zero = self._scale_and_zero(pages)
         residual = y.new_zeros(P, len(self.coded), W)
-        residual.index_add_(1, self.row_coded, rows * self.row_weight[:, None])
+        weighted = self._columns(pages) * self.column_weight
+        residual.index_add_(1, self.column_coded, weighted.transpose(1, 2))
         y[:, self.coded] += residual * scale.transpose(1, 2) + zero.transpose(1, 2)
         y[:, self.raw] = read_plane(pages, self.planes.raw, self.dtype).float()
         return y.unflatten(1, (self.layout.num_kv_heads, -1)).permute(0, 3, 1, 2)
@@ -153,19 +163,22 @@ class ChannelCodec:
         torch.Tensor
             `[P, H, G, W]`.
         """
-        D = self.layout.head_size
         scale, zero = self._scale_and_zero(pages)
-        q_coded = (q[..., self.coded % D] * self.owns_coded[:, None]).flatten(1, 2)  # [B, H*G, C]
-        q_coded = q_coded[page_row]
-        q_rows = (q_coded * scale)[..., self.row_coded] * self.row_weight  # [P, H*G, N]
-        s = (q_rows @ self._rows(pages)).permute(1, 2, 0, 3).flatten(2)  # [P, H*G, W]
-        s = s + (q_coded * zero).sum(-1, keepdim=True)
-        low = (q[page_row] @ self._coefficients(pages).transpose(2, 3)) @ self.basis
-        s = s.view_as(low) + low
+        q_coded, q_columns, q_raw = (
+            (q[..., dims % self.layout.head_size] * owns[:, None]).flatten(1, 2)[page_row]
+            for dims, owns in (
+                (self.coded, self.owns_coded),
+                (self.coded[self.column_coded], self.owns_column),
+                (self.raw, self.owns_raw),
+            )
+        )  # [P, H*G, C], [P, H*G, N], [P, H*G, R]
+        q_columns = q_columns * (scale[..., self.column_coded] * self.column_weight)
+        s = q_columns @ self._columns(pages).transpose(1, 2)  # [P, H*G, W]
+        s += q_coded @ zero.transpose(1, 2)
         if len(self.raw):
-            q_raw = (q[..., self.raw % D] * self.owns_raw[:, None]).flatten(1, 2)[page_row]
-            raw = read_plane(pages, self.planes.raw, self.dtype).float()
-            s = s + (q_raw @ raw).view_as(s)
+            s += q_raw @ read_plane(pages, self.planes.raw, self.dtype).float()
+        s = s.unflatten(1, q.shape[1:3])
+        s += (q[page_row] @ self._coefficients(pages).transpose(2, 3)) @ self.basis
         return s
 
     def combine(self, p: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
@@ -173,10 +186,10 @@ class ChannelCodec:
         H, G = p.shape[1:3]
         flat = p.flatten(1, 2)  # [P, H*G, W]
         scale, zero = self._scale_and_zero(pages)
-        quarters = flat.unflatten(-1, (4, -1)).permute(2, 0, 1, 3)  # [4, P, H*G, W/4]
-        rows = (quarters @ self._rows(pages).transpose(2, 3)).sum(0) * self.row_weight
-        coded = rows.new_zeros(*rows.shape[:2], len(self.coded))
-        coded = coded.index_add_(2, self.row_coded, rows) * scale + flat.sum(-1)[..., None] * zero
+        sums = flat @ self._columns(pages) * self.column_weight  # [P, H*G, N]
+        coded = sums.new_zeros(*sums.shape[:2], len(self.coded))
+        coded.index_add_(2, self.column_coded, sums)
+        coded = coded * scale + flat.sum(-1)[..., None] * zero
         out = (p @ self.basis.T) @ self._coefficients(pages)
         D = self.layout.head_size
         out.index_add_(-1, self.coded % D, coded.unflatten(1, (H, G)) * self.owns_coded[:, None])
@@ -219,14 +232,13 @@ class TokenCodec:
         planes = self.planes
         if planes.bits == 16:
             return read_plane(pages, planes.codes, self.dtype).float()
-        rows = unpack(read_plane(pages, planes.codes, torch.uint8), 2)  # [4, P, b/2, H, W, D/4]
-        codes = rows[:, :, 0]
+        rows = unpack(read_plane(pages, planes.codes, torch.uint8), 2)  # [P, b/2, H, W, D]
+        codes = rows[:, 0]
         for level in range(1, planes.bits // 2):
-            codes = codes + rows[:, :, level] * 4.0**level
-        codes = codes.permute(1, 2, 3, 0, 4).flatten(3)
+            codes = codes + rows[:, level] * 4.0**level
         if planes.high is not None:
-            high = unpack(read_plane(pages, planes.high, torch.uint8), 1)  # [8, P, H, W, D/8]
-            codes = codes + 4.0 * high.permute(1, 2, 3, 0, 4).flatten(3)
+            high = unpack(read_plane(pages, planes.high, torch.uint8), 1)
+            codes = codes + 4.0 * high
         return codes
 
     def reconstruct(self, pages: torch.Tensor) -> torch.Tensor:
@@ -246,12 +258,7 @@ class TokenCodec:
             return p @ self._codes(pages)
         p_scaled = p * read_plane(pages, planes.scale, torch.float16).float()[:, :, None]
         zero = read_plane(pages, planes.zero, torch.float16).float()[..., None]
-        if planes.bits == 2:  # without putting the quarters of the dims together first
-            rows = unpack(read_plane(pages, planes.codes, torch.uint8)[:, 0], 2)
-            out = (p_scaled @ rows).permute(1, 2, 3, 0, 4).flatten(3)
-        else:
-            out = p_scaled @ self._codes(pages)
-        return out + p @ zero
+        return p_scaled @ self._codes(pages) + p @ zero
 
     def finish(self, out: torch.Tensor) -> torch.Tensor:
         """Undo the rotation of `out [..., D]`, once an output instead of once a token."""

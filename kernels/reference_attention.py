@@ -47,24 +47,21 @@ def decode_attention(
         `[N, H, G, D]` float32.
     """
     N, H, G, D = q.shape
-    W = codec.layout.page_size
+    W, T = codec.layout.page_size, k_raw.shape[1]
+    k_raw, v_raw = (x.float().transpose(1, 2) for x in (k_raw, v_raw))  # [N, H, T, D]
     q = q.float() * scale
-    s_raw = torch.einsum("nhgd,nthd->nhgt", q, k_raw.float())
-    s_raw = s_raw.masked_fill(~raw_mask[:, None, None], float("-inf"))
-    if not max_pages:
-        return torch.einsum("nhgt,nthd->nhgd", s_raw.softmax(-1), v_raw.float())
-    s_page = codec.k.scores(q, page_row, pages)  # [P, H, G, W]
-    s_page[page_slot == 0, ..., :sink_tokens] = float("-inf")
-    s = q.new_full((N, max_pages, H, G, W), float("-inf"))
-    s[page_row, page_slot] = s_page
-    s = torch.cat([s.permute(0, 2, 3, 1, 4).flatten(3), s_raw], -1)
+    s = q.new_full((N, H, G, max_pages * W + T), float("-inf"))
+    s_page = s[..., : max_pages * W].unflatten(3, (max_pages, W))  # [N, H, G, pages, W]
+    sealed = codec.k.scores(q, page_row, pages)  # [P, H, G, W]
+    sealed[page_slot == 0, ..., :sink_tokens] = float("-inf")
+    s_page[page_row, :, :, page_slot] = sealed
+    s[..., max_pages * W :] = q @ k_raw.transpose(2, 3)
+    s[..., max_pages * W :].masked_fill_(~raw_mask[:, None, None], float("-inf"))
     p = s.softmax(-1)
-    p_page = p[..., : max_pages * W].unflatten(3, (max_pages, W)).permute(0, 3, 1, 2, 4)
+    p_page = p[..., : max_pages * W].unflatten(3, (max_pages, W))
     out = q.new_zeros(N, H, G, D)
-    out.index_add_(0, page_row, codec.v.combine(p_page[page_row, page_slot], pages))
-    return codec.v.finish(out) + torch.einsum(
-        "nhgt,nthd->nhgd", p[..., max_pages * W :], v_raw.float()
-    )
+    out.index_add_(0, page_row, codec.v.combine(p_page[page_row, :, :, page_slot], pages))
+    return codec.v.finish(out) + p[..., max_pages * W :] @ v_raw
 
 
 def prefill_attention(

@@ -244,6 +244,7 @@ def layer_bits(
     coefficient_bits: int | None = None,
     value_statistic: Tensor | None = None,
     distortion: Mapping[int, float] = DISTORTION,
+    shards: int | None = None,
 ) -> LayerRecipe:
     """Bits of one layer for a target.
 
@@ -259,6 +260,9 @@ def layer_bits(
         None takes the target's.
     value_statistic : Tensor [H, D] or None
         Energy of each V dim for `paper`; None keeps the first dims.
+    shards : int or None
+        Groups of neighbouring heads that get equal shares of the bytes: as many as ranks keep pages
+        of one size. None makes every head one.
 
     Raises
     ------
@@ -278,9 +282,16 @@ def layer_bits(
     m = aim.coefficients(page_size) if coefficients is None else coefficients
     coefficient_bits = coefficient_bits or aim.coefficient_bits
     budget = page_budget(aim.ratio, page_size, H, D, v_bits, m, coefficient_bits)
-    # Head by head, so that a head's bits and bytes do not depend on which rank holds it.
-    rows = [allocate_bits(head, budget // H, page_size, distortion) for head in statistic]
-    return LayerRecipe.model_validate({"k": [row.tolist() for row in rows], "v": v_bits})
+    # Head by head, a head's bits and bytes do not depend on which rank holds it.
+    shards = H if shards is None else shards
+    if not 1 <= shards <= H or H % shards:
+        raise RecipeError(f"shards must divide {H} KV heads, found {shards}: choose another.")
+    rows = [
+        row
+        for heads in statistic.chunk(shards)
+        for row in allocate_bits(heads, budget // shards, page_size, distortion).tolist()
+    ]
+    return LayerRecipe.model_validate({"k": rows, "v": v_bits})
 
 
 def layer_recipe(
@@ -342,6 +353,7 @@ def weight_recipe(
     value_statistics: Sequence[Tensor] | None = None,
     distortion: Mapping[int, float] = DISTORTION,
     provenance: Provenance | None = None,
+    shards: int | None = None,
 ) -> Recipe:
     """A whole recipe from statistics per layer, predicted here or measured on text.
 
@@ -353,6 +365,8 @@ def weight_recipe(
         For `paper`.
     provenance : Provenance or None
         None says that the statistics come from the weights.
+    shards : int or None
+        See `layer_bits`.
 
     Raises
     ------
@@ -383,6 +397,7 @@ def weight_recipe(
             coefficient_bits,
             None if value_statistics is None else value_statistics[i],
             distortion,
+            shards,
         )
         for i, statistic in enumerate(statistics)
     ]

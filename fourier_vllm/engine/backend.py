@@ -21,7 +21,12 @@ from fourier_vllm.engine.local_cache import SUFFIX, FourierLocalCache
 from fourier_vllm.engine.metadata import FourierMetadata, FourierMetadataBuilder
 from fourier_vllm.engine.model_weights import Ancestry, read_projections
 from fourier_vllm.engine.platform import NAME
-from fourier_vllm.engine.recipes import compressed_layers, engine_recipe, layer_layout
+from fourier_vllm.engine.recipes import (
+    compressed_layers,
+    engine_recipe,
+    layer_layout,
+    num_local_groups,
+)
 from fourier_vllm.engine.refuse import WAY_OUT, check_config, check_layer
 from fourier_vllm.engine.specs import FourierLocalSpec, FourierPageSpec
 from fourier_vllm.kernels.reference import PageCodec
@@ -167,6 +172,7 @@ class FourierImpl(AttentionImpl):
 
     def _local_spec(self, layer: Attention, engine: Any, layout: Any) -> FourierLocalSpec:
         window = self.window
+        block_bytes = layout.raw_bytes // window.page_size * window.block_size
         return FourierLocalSpec(
             block_size=window.block_size,
             num_kv_heads=self.num_kv_heads,
@@ -176,6 +182,9 @@ class FourierImpl(AttentionImpl):
             page_size=window.page_size,
             local_window=window.local_window,
             num_pinned_blocks=window.num_pinned_blocks,
+            num_groups=num_local_groups(
+                engine.fingerprint.num_layers, layout.page_bytes, block_bytes
+            ),
             exact_prefill=window.exact_prefill,
             label=f"{engine.target} ({engine.source})",
             page_bytes=layout.page_bytes,

@@ -85,6 +85,11 @@ class EngineRecipe:
         )
 
 
+def num_local_groups(num_layers: int, page_bytes: int, block_bytes: int) -> int:
+    """Cache groups vLLM makes of the raw caches: as many layers in one as fit beside the pages."""
+    return -(-num_layers // max(num_layers * page_bytes // block_bytes, 1))
+
+
 def compressed_layers(model_config: Any) -> list[int]:
     """Indices of the layers with full attention, the ones that are compressed."""
     config = model_config.hf_text_config

@@ -66,7 +66,7 @@ def run_step(
         out = decode_attention(
             codec,
             q[d.query].unflatten(1, (H, -1)),
-            pages[d.page],
+            pages.index_select(0, d.page),
             d.row,
             d.slot,
             d.max_pages,
@@ -79,7 +79,7 @@ def run_step(
         output[d.query] = out.flatten(1, 2).to(output.dtype)
     for p in plan.prefill:
         k_raw, v_raw = load(local, p.cells)
-        k_page, v_page = (x.flatten(0, 1) for x in codec.reconstruct(pages[p.page]))
+        k_page, v_page = (x.flatten(0, 1) for x in codec.reconstruct(pages.index_select(0, p.page)))
         k_context = torch.cat([k_page[p.num_skipped :].to(k_raw.dtype), k_raw])
         v_context = torch.cat([v_page[p.num_skipped :].to(v_raw.dtype), v_raw])
         chunk = slice(p.start, p.stop)

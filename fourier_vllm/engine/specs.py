@@ -46,6 +46,7 @@ class FourierLocalSpec(SlidingWindowSpec):
     exact_prefill: bool
     label: str
     page_bytes: int
+    num_groups: int = 1  # cache groups that vLLM splits the raw caches of all layers into
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
@@ -62,7 +63,8 @@ class FourierLocalSpec(SlidingWindowSpec):
 
     def steady_blocks(self, max_model_len: int, num_batches: int) -> int:
         """Blocks a decoding request holds, with `num_batches` steps in flight."""
-        window = cdiv(self.sliding_window - 1 + num_batches, self.block_size) + 1
+        tokens = self.sliding_window - 1 + num_batches
+        window = cdiv(tokens - 1, self.block_size) + 1
         return min(self.num_pinned_blocks + window, cdiv(max_model_len, self.block_size))
 
     def peak_blocks(self, max_model_len: int, num_batches: int, max_chunk: int) -> int:
@@ -97,11 +99,10 @@ class FourierLocalSpec(SlidingWindowSpec):
             return peak * self.page_size_bytes
         steady = self.steady_blocks(length, batches)
         pages = cdiv(length, self.page_size)
-        usable = pool - 1 - (peak - steady)  # one block is vLLM's null block
-        concurrency = max(usable / (pages + steady), 1.0)
-        log_capacity(self, pool, length, concurrency)
-        concurrency = max(usable / (pages + steady), 1.0)
-        charged = max(math.ceil(pool / concurrency) - pages, steady)
+        usable = pool - 1 - self.num_groups * (peak - steady)  # one is vLLM's null block
+        concurrency = max(usable / (pages + self.num_groups * steady), 1.0)
+        charged = max(math.ceil((pool / concurrency - pages) / self.num_groups), steady)
+        log_capacity(self, pool, length, pool / (pages + self.num_groups * charged))
         return charged * self.page_size_bytes
 
 

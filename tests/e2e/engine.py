@@ -73,7 +73,7 @@ def tokens(outputs: list[Any]) -> list[list[int]]:
     return [list(c.token_ids) for o in outputs for c in o.outputs]
 
 
-def conversation(llm: Any, max_tokens: int = 100) -> list[list[int]]:
+def conversation(llm: Any, max_tokens: int = 64) -> list[list[int]]:
     """Prompts, the same again (prefix hits), then a second turn of the first four."""
     ids = prompts()
     first = generate(llm, ids, max_tokens)

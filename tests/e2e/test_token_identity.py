@@ -45,10 +45,11 @@ def test_tokens_equal_stock(toy, stock, fourier, options):
         assert conversation(llm) == stock
 
 
-@pytest.mark.parametrize("prefill", ["windowed", "exact"])
-def test_preemption_and_recompute(toy, stock, prefill):
-    pool = dict(num_gpu_blocks_override=72 if prefill == "exact" else 52)
-    with count_preemptions() as count, engine(toy(), LOSSLESS | {"prefill": prefill}, **pool) as llm:
+@pytest.mark.parametrize(("prefill", "blocks"), [("windowed", 30), ("exact", 36)])
+def test_preemption_and_recompute(toy, stock, prefill, blocks):
+    pool = dict(num_gpu_blocks_override=blocks, max_model_len=512)
+    fourier = LOSSLESS | {"prefill": prefill}
+    with count_preemptions() as count, engine(toy(), fourier, **pool) as llm:
         assert conversation(llm) == stock
     assert count[0] > 0
 

@@ -1,0 +1,108 @@
+"""Needles through the real engine, stock attention and ours in one run.
+
+    .venv/bin/python benchmarks/needles.py [--contexts 16] [--tokens 7000] [--targets balanced ...]
+
+Every context is prefilled and cached first; its questions then read it from the prefix cache, which for
+us means from sealed pages. Counts are exact matches of seven digits, greedy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from decode_cpu import ROOT, machine
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
+
+
+def score(
+    model: str, fourier: dict[str, Any] | None, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Count right answers with one backend."""
+    from transformers import AutoTokenizer
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from fourier_vllm.evaluation.needles import is_correct, needle_questions
+    from fourier_vllm.evaluation.text import documents
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = documents(args.contexts, 6 * args.tokens)
+    contexts = needle_questions(
+        texts, lambda s: tokenizer(s, add_special_tokens=False).input_ids, args.tokens
+    )
+    options: dict[str, Any] = {}
+    if fourier is not None:
+        options = {"attention_backend": "fourier", "additional_config": {"fourier": fourier}}
+    llm = LLM(
+        model,
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=8192,
+        max_num_batched_tokens=args.chunk,
+        kv_cache_memory_bytes=1 << 30,
+        **options,
+    )
+    params = SamplingParams(temperature=0, max_tokens=8)
+    start, right, total = time.perf_counter(), 0, 0
+    for questions in contexts:
+        llm.generate([{"prompt_token_ids": questions[0].ids}], SamplingParams(max_tokens=1), use_tqdm=False)
+        outputs = llm.generate(
+            [{"prompt_token_ids": q.ids} for q in questions], params, use_tqdm=False
+        )
+        right += sum(
+            is_correct(o.outputs[0].text, q.answer) for o, q in zip(outputs, questions, strict=True)
+        )
+        total += len(questions)
+        print(f"  {right}/{total}", flush=True)
+    capacity = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
+    return {
+        "right": right,
+        "questions": total,
+        "kv_tokens": capacity,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model")
+    parser.add_argument("--contexts", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=7000)
+    parser.add_argument("--chunk", type=int, default=4096, help="max_num_batched_tokens")
+    parser.add_argument("--targets", nargs="*", default=["balanced"])
+    parser.add_argument("--prefill", nargs="*", default=["windowed"])
+    parser.add_argument("--no-stock", action="store_true")
+    parser.add_argument("--out", default=str(ROOT / "benchmarks/results/needles.json"))
+    args = parser.parse_args()
+    if args.model is None:
+        from fourier_vllm.fetch import fetch
+
+        args.model = str(fetch("smollm2"))
+    runs: list[tuple[str, dict[str, Any] | None]] = [] if args.no_stock else [("stock", None)]
+    for prefill in args.prefill:
+        runs += [(f"{t}, {prefill}", {"target": t, "prefill": prefill}) for t in args.targets]
+    rows = []
+    for name, fourier in runs:
+        rows.append({"engine": name} | score(args.model, fourier, args))
+        print(rows[-1], flush=True)
+    result = {
+        "machine": machine(),
+        "context_tokens": args.tokens,
+        "max_num_batched_tokens": args.chunk,
+        "rows": rows,
+    }
+    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""`fourier-vllm calibrate`: a model and a text go in, a recipe with its measured cost comes out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from fourier_vllm._json import RecipeError
+from fourier_vllm._text import show
+from fourier_vllm.calibration.collect import LayerStatistics, collect, distortion
+from fourier_vllm.calibration.model import fingerprint_of, load, max_tokens, model_name
+from fourier_vllm.calibration.text import DOCUMENT_TOKENS, cut, read_text
+from fourier_vllm.calibration.weights import weight_recipe
+from fourier_vllm.inspection import ratio_of
+from fourier_vllm.recipe import (
+    DEFAULT_LOCAL_WINDOW,
+    DEFAULT_PAGE_SIZE,
+    DEFAULT_SINK_TOKENS,
+    TARGETS,
+    ModelFingerprint,
+    Provenance,
+    Recipe,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `fourier-vllm calibrate` was asked for."""
+
+    model: str
+    text: Path | None = None
+    target: str = "balanced"
+    page_size: int = DEFAULT_PAGE_SIZE
+    local_window: int = DEFAULT_LOCAL_WINDOW
+    sink_tokens: int = DEFAULT_SINK_TOKENS
+    tokens: int = 4 * DOCUMENT_TOKENS
+    tensor_parallel_size: int = 1
+    check: bool = True
+    output: Path | None = None
+
+
+def run(options: Options) -> int:
+    """Calibrate and write the recipe; returns the exit code."""
+    name = model_name(options.model)
+    output = options.output or Path(f"{name.split('/')[-1].lower()}-{options.target}.json")
+    check_output(output)  # minutes before it is written
+    recipe = calibrate(options)
+    recipe.save(output)
+    kl, nll = recipe.provenance.kl, recipe.provenance.nll
+    cost = "" if kl is None or nll is None else f", KL {kl:.4f} and NLL {nll:+.4f} nats a token"
+    print(f"{output}: {ratio_of(recipe):.2f} times smaller{cost}")
+    return 0
+
+
+def calibrate(options: Options) -> Recipe:
+    """Measure a model on a text and spend the target's bytes.
+
+    Raises
+    ------
+    ValueError
+        Model, text or target cannot be used; a RecipeError where it is the target.
+    """
+    name, text = read_text(options.text)
+    model, tokenizer = load(options.model)
+    longest = min(DOCUMENT_TOKENS, max_tokens(model))
+    documents = cut(tokenizer, text, options.tokens, options.page_size, longest)
+    statistics = collect(
+        model,
+        documents,
+        options.page_size,
+        TARGETS[options.target].coefficients(options.page_size),
+        options.sink_tokens,
+    )
+    provenance = Provenance(
+        source="calibrated",
+        text=name,
+        tokens=sum(map(len, documents)),
+        date=datetime.now(timezone.utc).date().isoformat(),
+        tool=f"fourier-vllm {_version()}",
+        model=model_name(options.model),
+    )
+    recipe = measured_recipe(fingerprint_of(model), statistics, options, provenance)
+    if not options.check:
+        return recipe
+    from fourier_vllm.evaluation.loop import held_out
+
+    exact, (loss,) = held_out(model, tokenizer, [recipe])
+    measured = {"kl": round(loss.kl, 5), "nll": round(loss.nll - exact, 5)}
+    return recipe.model_copy(update={"provenance": provenance.model_copy(update=measured)})
+
+
+def measured_recipe(
+    fingerprint: ModelFingerprint,
+    statistics: Sequence[LayerStatistics],
+    options: Options,
+    provenance: Provenance,
+) -> Recipe:
+    """The recipe of a target from measured statistics, one per layer.
+
+    Raises
+    ------
+    RecipeError
+        The statistics are of another shape than the model, or the target cannot be met.
+    """
+    # The paper looks at how well a key is rebuilt, not at who reads it.
+    by_energy = options.target == "paper"
+    return weight_recipe(
+        fingerprint,
+        options.target,
+        [x.residual if by_energy else x.weight for x in statistics],
+        options.page_size,
+        options.local_window,
+        options.sink_tokens,
+        value_statistics=[x.value_residual for x in statistics],
+        distortion=distortion(statistics),
+        provenance=provenance,
+        # Ranks beyond the KV heads share them.
+        shards=min(options.tensor_parallel_size, fingerprint.num_kv_heads),
+    )
+
+
+def check_output(path: Path) -> None:
+    """Raise RecipeError where a recipe could not be written later."""
+    file = path.expanduser()
+    folder = file.parent
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise RecipeError(
+            f"recipe {show(path, 120)} cannot be written: give a file in an existing, writable"
+            " folder."
+        )
+
+
+def _version() -> str:
+    try:
+        return version("fourier-vllm")
+    except PackageNotFoundError:
+        return "from source"

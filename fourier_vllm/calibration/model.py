@@ -1,0 +1,77 @@
+"""A Hugging Face model as calibration needs it: loaded, named and described."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fourier_vllm._text import clip, show
+from fourier_vllm.recipe import ModelFingerprint
+
+
+def load(model: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder or a Hub id, on the GPU if there is one.
+
+    Raises
+    ------
+    ValueError
+        There is no such model, or `transformers` cannot load it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cuda = torch.cuda.is_available()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        # CPUs multiply 16-bit numbers slowly.
+        dtype = "auto" if cuda else torch.float32
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"model {show(model, 120)} cannot be loaded ({clip(lines[0].rstrip('.'), 160)}): give a"
+            " folder with config.json and weights, or a Hub id of a text-generation model."
+        ) from None
+    return loaded.to("cuda" if cuda else "cpu").eval(), tokenizer
+
+
+def model_name(model: str) -> str:
+    """Name of a model without the folders above it; a Hub id stays."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.exists() else model
+
+
+def text_config(model: Any) -> Any:
+    """The part of a model's config that describes its decoder."""
+    return model.config.get_text_config(decoder=True)
+
+
+def full_attention_layers(model: Any) -> list[int]:
+    """Indices of the layers that are compressed."""
+    config = text_config(model)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+
+
+def max_tokens(model: Any) -> int:
+    """Longest sequence that the model was made for."""
+    return getattr(text_config(model), "max_position_embeddings", None) or 1 << 30
+
+
+def fingerprint_of(model: Any) -> ModelFingerprint:
+    """The shape of a model, as the engine names it."""
+    config = text_config(model)
+    heads = config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    theta = rope.get("rope_theta") or getattr(config, "rope_theta", None)
+    return ModelFingerprint(
+        architecture=(model.config.architectures or [type(model).__name__])[0],
+        num_layers=len(full_attention_layers(model)),
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        rope_theta=float(theta) if theta else None,
+    )

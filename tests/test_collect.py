@@ -1,0 +1,385 @@
+"""Calibration: statistics against plain float64 maths, recipes from them, and refusals."""
+
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+from fourier_vllm import cli
+from fourier_vllm.calibration import calibrate as calibration
+from fourier_vllm.calibration.calibrate import Options, measured_recipe
+from fourier_vllm.calibration.collect import CODED, collect, distortion
+from fourier_vllm.calibration.model import fingerprint_of, full_attention_layers, model_name
+from fourier_vllm.calibration.text import cut, read_text
+from fourier_vllm.evaluation.loop import score, through_pages
+from fourier_vllm.inspection import layouts, ratio_of
+from fourier_vllm.recipe import TARGETS, Provenance, Recipe, RecipeError, target_recipe
+
+W, M, S = 32, 1, 5
+COMMON = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    vocab_size=97,
+    max_position_embeddings=512,
+)
+FAMILIES = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Gemma3": dict(
+        sliding_window=24,
+        query_pre_attn_scalar=32,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    ),
+}
+
+
+def tiny(family):
+    config_name = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
+    config_class = getattr(transformers, config_name)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        config_class(**{**COMMON, **FAMILIES[family]}, attn_implementation="sdpa")
+    )
+    for name, parameter in model.named_parameters():
+        # Away from the defaults: biases are zero and norms one.
+        if parameter.dim() > 1 or name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return tiny(request.param)
+
+
+@pytest.fixture
+def llama():
+    return tiny("Llama")
+
+
+def texts(*lengths):
+    g = torch.Generator().manual_seed(1)
+    return [torch.randint(0, COMMON["vocab_size"], (n,), generator=g) for n in lengths]
+
+
+def seen_by_eager(model, ids):
+    """Queries, keys and values after RoPE, as eager attention receives them: no cache, no hooks."""
+    found, module = {}, sys.modules[type(model).__module__]
+    eager = module.eager_attention_forward
+
+    def spy(layer, query, key, value, *args, **kwargs):
+        found[layer.layer_idx] = [x[0].double() for x in (query, key, value)]
+        return eager(layer, query, key, value, *args, **kwargs)
+
+    model.set_attn_implementation("eager")
+    module.eager_attention_forward = spy
+    try:
+        with torch.inference_mode():
+            model(ids[None])
+    finally:
+        module.eager_attention_forward = eager
+        model.set_attn_implementation("sdpa")
+    return found
+
+
+def residuals(x):
+    """Residual [P, D, W] and whether a token counts [P, 1, W], of one head [T, D], in float64."""
+    t = torch.arange(W).double()
+    E = torch.stack([torch.cos(math.pi / W * (t + 0.5) * j) for j in range(M)]) * (2 / W) ** 0.5
+    E[0] /= 2**0.5
+    pages = x[: len(x) // W * W].view(-1, W, x.shape[1]).clone()
+    pages[0, :S] = pages[0, S:].mean(0)
+    counts = torch.ones(len(pages), 1, W, dtype=torch.bool)
+    counts[0, :, :S] = False
+    pages = pages.transpose(1, 2)
+    return pages - pages @ E.T @ E, counts
+
+
+def coded(rest, bits):
+    low, high = rest.amin(-1, keepdim=True), rest.amax(-1, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    return ((rest - low) / step).round() * step + low
+
+
+def test_statistics_are_those_of_the_text(model):
+    documents = texts(100, 3 * W)
+    found = collect(model, documents, W, M, S)
+    layers = full_attention_layers(model)
+    assert len(found) == len(layers)
+    seen = [seen_by_eager(model, ids) for ids in documents]
+    for layer, statistics in zip(layers, found, strict=True):
+        for h in range(2):
+            late = torch.cat(
+                [s[layer][0][2 * h : 2 * h + 2, len(ids) // 2 :].flatten(0, 1)
+                 for s, ids in zip(seen, documents, strict=True)]
+            )  # fmt: skip
+            torch.testing.assert_close(
+                statistics.query[h], late.square().mean(0), rtol=1e-4, atol=1e-9
+            )
+            for which, expected in ((1, statistics.residual), (2, statistics.value_residual)):
+                parts = [residuals(s[layer][which][h]) for s in seen]
+                rest = torch.cat([rest for rest, _ in parts])
+                counts = torch.cat([counts for _, counts in parts])
+                n = counts.sum()
+                mean = (rest.square() * counts).sum((0, 2)) / n
+                torch.testing.assert_close(expected[h], mean, rtol=1e-4, atol=1e-9)
+                if which == 2:
+                    continue
+                for bits in CODED:
+                    error = ((coded(rest, bits) - rest).square() * counts).sum((0, 2)) / n
+                    # A code that is rounded the other way in float32 makes no larger error; scales
+                    # in fp16 do at 8 bits.
+                    torch.testing.assert_close(
+                        statistics.error[bits][h], error, rtol=0.02 if bits < 8 else 0.3, atol=1e-9
+                    )
+
+
+def test_collecting_leaves_the_model_as_it_was(model):
+    (ids,) = texts(90)
+    with torch.inference_mode():
+        before = model(ids[None]).logits
+        first = collect(model, [ids], W, M, S)
+        after = model(ids[None]).logits
+    assert torch.equal(before, after)
+    assert model.config._attn_implementation == "sdpa"
+    second = collect(model, [ids], W, M, S)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.weight, b.weight)
+
+
+def test_the_hidden_states_are_exact(llama):
+    (ids,) = texts(90)
+    outputs = []
+    llama.model.register_forward_hook(lambda *args: outputs.append(args[-1].last_hidden_state))
+    collect(llama, [ids], W, M, S)
+    with torch.inference_mode():
+        torch.testing.assert_close(outputs[0], llama.model(ids[None]).last_hidden_state)
+
+
+@pytest.mark.parametrize("target", ["quality", "balanced", "compact", "paper"])
+def test_a_recipe_from_statistics(model, target):
+    fingerprint = fingerprint_of(model)
+    assert fingerprint.num_layers == len(full_attention_layers(model))
+    options = Options(model="tiny", target=target, page_size=128, sink_tokens=8, local_window=64)
+    m = TARGETS[target].coefficients(128)
+    statistics = collect(model, texts(300), 128, m, 8)
+    measured = distortion(statistics)
+    assert 0 < measured[8] < measured[4] < measured[2] < measured[0] == 1.0
+    provenance = Provenance(source="calibrated", text="random", tokens=300)
+    recipe = measured_recipe(fingerprint, statistics, options, provenance)
+    assert Recipe.loads(recipe.dumps()) == recipe
+    recipe.check_fits(fingerprint)
+    assert (recipe.name, recipe.sink_tokens, recipe.local_window) == (target, 8, 64)
+    ratio = TARGETS[target].ratio
+    assert ratio is None or all(page.ratio >= ratio for page in layouts(recipe))
+    assert ratio is None or ratio_of(recipe) >= ratio
+    if target == "paper":
+        for layer, x in zip(recipe.layers, statistics, strict=True):
+            for bits, energy in ((layer.k, x.residual), (layer.v, x.value_residual)):
+                kept = torch.tensor(bits) == 16
+                for keep, e in zip(kept, energy, strict=True):
+                    assert keep.all() or e[keep].min() >= e[~keep].max()
+
+
+def test_ranks_get_equal_bytes_on_request(llama):
+    statistics = collect(llama, texts(300), 128, 4, 8)
+    # One head matters more than the other.
+    for x in statistics:
+        x.query[1] *= 1000
+    spent = {}
+    for ranks in (1, 2, 8):
+        options = Options(model="tiny", tensor_parallel_size=ranks)
+        recipe = measured_recipe(
+            fingerprint_of(llama), statistics, options, Provenance(source="calibrated")
+        )
+        spent[ranks] = [sum(row) for row in recipe.layers[0].k]
+    assert spent[1][1] > spent[2][1]
+    assert abs(spent[2][0] - spent[2][1]) <= 4
+    assert spent[8] == spent[2]
+    with pytest.raises(RecipeError, match="shards must divide 2 KV heads, found 0"):
+        measured_recipe(
+            fingerprint_of(llama),
+            statistics,
+            Options(model="tiny", tensor_parallel_size=0),
+            Provenance(source="calibrated"),
+        )
+
+
+def test_fingerprint_is_the_engine_s(model):
+    from fourier_vllm.engine import recipes
+
+    config = model.config
+    seen_by_vllm = SimpleNamespace(
+        hf_text_config=config,
+        architecture=type(model).__name__,
+        get_total_num_kv_heads=lambda: config.num_key_value_heads,
+        get_head_size=lambda: config.head_dim,
+    )
+    assert fingerprint_of(model) == recipes.fingerprint_of(seen_by_vllm)
+
+
+def test_attention_that_cannot_be_watched(llama, monkeypatch):
+    with pytest.raises(ValueError, match="more than 32 tokens, found 32"):
+        collect(llama, texts(32), W, M, S)
+    monkeypatch.setattr(type(llama), "set_attn_implementation", lambda *_: None)
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not run its attention"):
+        collect(llama, texts(40), W, M, S)
+
+
+def test_soft_caps_are_refused():
+    config = transformers.Gemma2Config(**COMMON, sliding_window=24, attn_implementation="sdpa")
+    model = transformers.Gemma2ForCausalLM(config)
+    with pytest.raises(ValueError, match="soft caps are not supported"):
+        collect(model, texts(40), W, M, S)
+    assert model.config._attn_implementation == "sdpa"
+
+
+class Words:
+    """A tokenizer of one token a word."""
+
+    bos_token_id = 1
+
+    def __init__(self, bos=True):
+        self.bos = bos
+
+    def __call__(self, text, add_special_tokens=True, **_):
+        ids = [int(word) for word in text.split()]
+        return SimpleNamespace(input_ids=[1] * (self.bos and add_special_tokens) + ids)
+
+
+def test_documents_are_spread_over_the_text():
+    text = " ".join(map(str, range(1000)))
+    found = cut(Words(bos=False), text, 600, 32, 300)
+    assert [x.tolist() for x in found] == [list(range(300)), list(range(500, 800))]
+    found = cut(Words(), text, 10**6, 32, 300)
+    assert [len(x) for x in found] == [250] * 4
+    assert all(x[0] == 1 for x in found)
+    assert found[3][-1] == 998
+    for few, kwargs, message in (
+        (200, {}, "text has 200 tokens, and pages of 32 need 256"),
+        (1000, {"tokens": 100}, "--tokens must be at least 256 tokens"),
+        (1000, {"longest": 100}, "the model's context must be at least 256 tokens"),
+    ):
+        options = {"tokens": 600, "page_size": 32, "longest": 300} | kwargs
+        with pytest.raises(ValueError, match=message):
+            cut(Words(), " ".join(map(str, range(few))), **options)
+
+
+def test_pages_in_the_loop(llama):
+    fingerprint = fingerprint_of(llama)
+    context, continuation = texts(200, 20)
+    lossless = target_recipe(fingerprint, "lossless", W, S, 32)
+    statistics = collect(llama, [context], W, 1, S)
+    crude = measured_recipe(
+        fingerprint,
+        statistics,
+        Options(model="tiny", target="paper", page_size=W, local_window=32, sink_tokens=S),
+        Provenance(source="calibrated"),
+    )
+    far = crude.model_copy(update={"local_window": 4096})
+    exact, (same, lossy, raw) = score(llama, context, continuation, [lossless, crude, far])
+    ids = torch.cat([context, continuation])
+    with torch.inference_mode():
+        logp = llama(ids[None]).logits[0, 199:-1].log_softmax(-1)
+    expected = -logp.gather(1, continuation[:, None]).mean()
+    assert exact == pytest.approx(float(expected), abs=1e-4)
+    # Rounded to the 16 bits of a served model, and nothing else.
+    assert same.kl < 1e-3 < lossy.kl
+    assert raw == pytest.approx((exact, 0.0), abs=1e-6)
+
+
+def test_what_stays_raw(llama):
+    recipe = target_recipe(fingerprint_of(llama), "paper", W, S, 32)
+    k, v = torch.randn(2, 2, 150, 32, generator=torch.Generator().manual_seed(0))
+    found = through_pages(k, v, recipe, layouts(recipe)[0])
+    for x, y in zip((k, v), found, strict=True):
+        differs = (x != y).any(2).all(0)
+        # 150 - 32 tokens hold three whole pages.
+        assert differs.nonzero().flatten().tolist() == list(range(S, 96))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, llama):
+    monkeypatch.setattr(calibration, "load", lambda _: (llama, Words(bos=False)))
+    (tmp_path / "text").write_text(" ".join(str(i * i % 97) for i in range(600)))
+    return tmp_path
+
+
+def calibrate(folder, *options):
+    return cli.main(
+        ["calibrate", "some/Tiny-Model", "--text", str(folder / "text"), "--page-size", "32",
+         "--local-window", "32", "--target", "compact", "--no-check", *options]
+    )  # fmt: skip
+
+
+def test_the_command_writes_a_recipe(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert calibrate(folder) == 0
+    recipe = Recipe.load("tiny-model-compact.json")
+    assert recipe.provenance.source == "calibrated"
+    assert recipe.provenance.text == "text"
+    assert recipe.provenance.model == "some/Tiny-Model"
+    assert 500 < (recipe.provenance.tokens or 0) <= 600
+    assert str(folder) not in recipe.dumps()
+    assert f"{ratio_of(recipe):.2f} times smaller" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text", "missing"], "cannot be read \\(No such file"),
+        (["--text", "."], "is not a file"),
+        (["--text", "binary"], "is not UTF-8 \\(at byte 0\\)"),
+        (["--text", "short"], "text has 3 tokens"),
+        (["--tokens", "64"], "--tokens must be at least 256"),
+        (["-o", "missing/recipe.json"], "cannot be written"),
+        (["-o", "."], "cannot be written"),
+        (["--local-window", "3"], "local_window"),
+        (["--sink-tokens", "99"], "sink_tokens must be 0 to page_size 32"),
+    ],
+)
+def test_refusals_are_one_sentence(folder, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(folder)
+    (folder / "binary").write_bytes(b"\xff\xfe\x00")
+    (folder / "short").write_text("1 2 3")
+    assert calibrate(folder, *options) == 1
+    err = capsys.readouterr().err.splitlines()
+    refusal = err[-1]
+    assert refusal.startswith("fourier-vllm calibrate: ")
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(refusal)
+
+
+def test_no_such_model(tmp_path, capsys):
+    assert cli.main(["calibrate", str(tmp_path), "-o", str(tmp_path / "r.json")]) == 1
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_names_carry_no_path(tmp_path):
+    assert model_name(str(tmp_path / "..") + f"/{tmp_path.name}") == tmp_path.name
+    assert model_name("org/model") == "org/model"
+    assert read_text(None)[0].startswith("pydoc_data.topics")
+
+
+def test_inspect(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert calibrate(folder, "-o", "r.json") == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", "r.json"]) == 0
+    out = capsys.readouterr().out
+    assert "compact for LlamaForCausalLM: 3 layers, 2 KV heads of 32" in out
+    recipe = Recipe.load("r.json")
+    lines = out.splitlines()
+    assert lines[-2].split()[-1] == f"{ratio_of(recipe):.2f}"
+    assert sum(page.page_bytes for page in layouts(recipe)) / W == float(lines[-2].split()[-2])
+    assert "source: calibrated; model some/Tiny-Model; text text" in lines[-1]
+    assert cli.main(["inspect", "missing.json"]) == 1
+    assert "does not exist" in capsys.readouterr().err
