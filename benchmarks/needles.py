@@ -21,9 +21,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
 
 
-def score(
-    model: str, fourier: dict[str, Any] | None, args: argparse.Namespace
-) -> dict[str, Any]:
+def score(model: str, fourier: dict[str, Any] | None, args: argparse.Namespace) -> dict[str, Any]:
     """Count right answers with one backend."""
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
@@ -52,7 +50,9 @@ def score(
     params = SamplingParams(temperature=0, max_tokens=8)
     start, right, total = time.perf_counter(), 0, 0
     for questions in contexts:
-        llm.generate([{"prompt_token_ids": questions[0].ids}], SamplingParams(max_tokens=1), use_tqdm=False)
+        llm.generate(
+            [{"prompt_token_ids": questions[0].ids}], SamplingParams(max_tokens=1), use_tqdm=False
+        )
         outputs = llm.generate(
             [{"prompt_token_ids": q.ids} for q in questions], params, use_tqdm=False
         )

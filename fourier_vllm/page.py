@@ -18,10 +18,10 @@ token codec (V otherwise), after an orthonormal rotation of the head's D dims wh
 ```
 
 A residual of b = 2, 4 or 8 bits is cut into b/2 columns of 2-bit codes, the lowest first, so that
-everything that is unpacked is a column of 2-bit codes, worth 4^level each. Coded dims are sorted by head, then bits
-(most first), then dim. Codes are packed along the tokens: of s = W/4 bytes (W/8 in `high`), byte j
-holds the codes of tokens j, j + s, j + 2s, ..., lowest bits first, so that one shift of a run of bytes
-gives the codes of s consecutive tokens.
+everything that is unpacked is a column of 2-bit codes, worth 4^level each. Coded dims are sorted by
+head, then bits (most first), then dim. Codes are packed along the tokens: of s = W/4 bytes (W/8 in
+`high`), byte j holds the codes of tokens j, j + s, j + 2s, ..., lowest bits first, so that one shift of
+a run of bytes gives the codes of s consecutive tokens.
 
 Worked example: one head of size 8, W = 32, m = 1 coefficient of 8 bits, V at 2 bits. The dims have
 8, 4, 2, 2 and no bits: 4 + 2 + 1 + 1 = 8 columns of 8 bytes.

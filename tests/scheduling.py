@@ -1,4 +1,4 @@
-"""vLLM's real scheduler and block managers over the two caches, and a worker that only keeps stamps.
+"""vLLM's real scheduler and block managers over the two caches, and a worker that keeps stamps.
 
 A stamp stands for what a cell holds: a hash of a token and everything before it. The worker follows
 vLLM's V1 runner: block tables grow, freed entries stay as stale ids, resumed requests start over.
@@ -71,9 +71,7 @@ def page_spec(window: Window, page_bytes: int = 1024) -> FourierPageSpec:
     )
 
 
-def local_spec(
-    window: Window, page_bytes: int = 1024, num_groups: int = 1
-) -> FourierLocalSpec:
+def local_spec(window: Window, page_bytes: int = 1024, num_groups: int = 1) -> FourierLocalSpec:
     return FourierLocalSpec(
         block_size=window.block_size,
         num_kv_heads=2,
@@ -123,13 +121,13 @@ class Tokens:
         return np.array(self._stamps[:n], dtype=np.int64)
 
 
-class Wrong(AssertionError):
+class ReadError(AssertionError):
     """A cell did not hold what a step read from it."""
 
 
 def expect(good: Any, message: str) -> None:
     if not good:
-        raise Wrong(message)
+        raise ReadError(message)
 
 
 @dataclass
@@ -145,7 +143,7 @@ class Row:
 
 @dataclass
 class Worker:
-    """Executes scheduler outputs on stamps; raises `Wrong` where a read is not what it must be.
+    """Executes scheduler outputs on stamps; raises `ReadError` where a read is not what it must be.
 
     `runner` is "v1" (prefilling: inside the prompt) or "v2" (until all tokens known at admission).
     """
@@ -325,7 +323,7 @@ class Worker:
 
 
 class Engine:
-    """Scheduler and worker; `in_flight` steps are scheduled before the first one's tokens arrive."""
+    """Scheduler and worker; `in_flight` steps are scheduled before the first's tokens arrive."""
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ import math
 import random
 from collections import deque
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -394,7 +395,8 @@ def fill(pool: Pool, n: int, max_model_len: int, chunk: int, seed: int) -> bool:
     for i in range(n):
         length = max_model_len - rng.randrange(40, 60)
         request = pool.request(f"{i}", prompt(length, seed=1000 * seed + i))
-        if not pool.prefill(request, lambda: chunk if i % 2 else rng.randint(1, chunk)):
+        smallest = chunk if i % 2 else 1
+        if not pool.prefill(request, lambda least=smallest: rng.randint(least, chunk)):
             return False
         if not pool.decode(request, max_model_len - rng.randrange(24)):
             return False
@@ -441,7 +443,7 @@ def planned(config, layers, local_block_size=None, prefill="windowed", length=20
         windows_.append(window)
         block_bytes = layout.raw_bytes // window.page_size * window.block_size
         groups = num_local_groups(len(layers), layout.page_bytes, block_bytes)
-        shape = dict(num_kv_heads=8, head_size=128)
+        shape: dict[str, Any] = dict(num_kv_heads=8, head_size=128)
         name = f"model.layers.{i}.self_attn.attn"
         specs[name] = replace(page_spec(window, layout.page_bytes), **shape)
         specs[name + SUFFIX] = replace(local_spec(window, layout.page_bytes, groups), **shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +30,7 @@ def layouts(draw: st.DrawFn) -> tuple[PageLayout, dict]:
     rows = st.lists(st.lists(st.sampled_from(BITS), min_size=D, max_size=D), min_size=H, max_size=H)
     # Single-class layouts too: random dims alone would never leave a class empty.
     uniform = st.sampled_from(BITS).map(lambda b: [[b] * D] * H)
-    made_of = dict(
+    made_of: dict[str, Any] = dict(
         k=draw(rows | uniform),
         v=draw(st.sampled_from((2, 3, 4, 8, 16)) | rows | uniform),
         m=draw(st.sampled_from((0, 1, 4, W // 8, W - 1, W))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,9 @@ from hypothesis import strategies as st
 
 from fourier_vllm.engine.managers import FourierLocalManager
 from fourier_vllm.engine.plan import Window, make_plan, raw_starts
-from tests.scheduling import Engine, Wrong, engine_config
+from tests.scheduling import Engine, ReadError, engine_config
 
-WINDOWED = Window(
-    page_size=32, local_window=48, sink_tokens=16, block_size=16, exact_prefill=False
-)
+WINDOWED = Window(page_size=32, local_window=48, sink_tokens=16, block_size=16, exact_prefill=False)
 EXACT = replace(WINDOWED, exact_prefill=True)
 MAX_MODEL_LEN = 512
 
@@ -53,7 +52,9 @@ def simulate(
 ) -> Engine:
     """Requests that share prefixes come, are preempted, aborted, and come again, at random."""
     rng = random.Random(seed)
-    options = dict(prefix_caching=prefix_caching, in_flight=in_flight, runner=runner, seed=seed)
+    options: dict[str, Any] = dict(
+        prefix_caching=prefix_caching, in_flight=in_flight, runner=runner, seed=seed
+    )
     engine = make(config(), window, num_blocks, **options)
     families = [[rng.randrange(500) for _ in range(MAX_MODEL_LEN)] for _ in range(2)]
     waiting = []
@@ -150,7 +151,7 @@ def test_a_short_window_is_noticed(config, window, in_flight, monkeypatch):
     monkeypatch.setattr(
         FourierLocalManager, "_first_kept", lambda self, n: original(self, n + short)
     )
-    with pytest.raises(Wrong):
+    with pytest.raises(ReadError):
         simulate(config, window, prefix_caching=False, in_flight=in_flight)
 
 
@@ -163,7 +164,7 @@ def test_missing_retention_is_noticed(config, monkeypatch):
         original(self, request_id, *args, **kwargs)
 
     monkeypatch.setattr(FourierLocalManager, "remove_skipped_blocks", forgetful)
-    with pytest.raises(Wrong):
+    with pytest.raises(ReadError):
         simulate(config, EXACT, prefix_caching=False, num_blocks=70)
 
 
@@ -209,6 +210,7 @@ def test_stale_ids_below_the_window_are_not_read():
     )
     start = (300 - 48) // 32 * 32
     positions = [*range(16), *range(start, 300)]
+    assert plan.decode is not None
     read = plan.decode.cells.block * 16 + plan.decode.cells.offset - 16
     assert read[plan.decode.raw_mask].tolist() == positions
     assert plan.decode.page.tolist() == [40 + i for i in range(start // 32)]

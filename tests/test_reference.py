@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def bits_of(D: int, H: int, pattern: str) -> list[list[int]]:
 
 
 # name: bits of K, V, coefficients over W, bits of a coefficient
-RECIPES = {
+RECIPES: dict[str, Any] = {
     "lossless": ("16", 16, 0, 16),
     "balanced": ("mixed", 2, 1 / 32, 8),
     "quality": ("mixed", 3, 1 / 32, 8),
@@ -127,10 +128,10 @@ def check_page(codec: PageCodec, k: torch.Tensor, v: torch.Tensor) -> None:
     rebuilt = dict(zip("kv", codec.reconstruct(pages), strict=True))
     for p, page in enumerate(pages):
         found = read_page(layout, page, codec.k.dtype)
-        for name, x in (("k", k[p]), ("v", v[p])):
+        for name, exact in (("k", k[p]), ("v", v[p])):
             # The reading of the bytes is the format's, not just consistent with the writing.
             got = rebuilt[name][p].double().numpy()
-            x = x.double().numpy()
+            x = exact.double().numpy()
             noise = 1e-5 * np.abs(x).max() + 1e-30
             np.testing.assert_allclose(got, found[name], atol=noise, rtol=1e-5)
             planes = getattr(layout, name)

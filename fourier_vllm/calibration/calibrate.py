@@ -11,8 +11,9 @@ from pathlib import Path
 
 from fourier_vllm._json import RecipeError
 from fourier_vllm._text import show
-from fourier_vllm.calibration.collect import LayerStatistics, collect, distortion
+from fourier_vllm.calibration.collect import collect
 from fourier_vllm.calibration.model import fingerprint_of, load, max_tokens, model_name
+from fourier_vllm.calibration.statistics import LayerStatistics, distortion
 from fourier_vllm.calibration.text import DOCUMENT_TOKENS, cut, read_text
 from fourier_vllm.calibration.weights import weight_recipe
 from fourier_vllm.inspection import ratio_of
@@ -74,6 +75,7 @@ def calibrate(options: Options) -> Recipe:
         options.page_size,
         TARGETS[options.target].coefficients(options.page_size),
         options.sink_tokens,
+        options.local_window,
     )
     provenance = Provenance(
         source="calibrated",

@@ -10,6 +10,7 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, MultipleOf
@@ -31,6 +32,8 @@ from fourier_vllm.engine.refuse import WAY_OUT, check_config, check_layer
 from fourier_vllm.engine.specs import FourierLocalSpec, FourierPageSpec
 from fourier_vllm.kernels.reference import PageCodec
 from fourier_vllm.page import PAGE_ALIGNMENT
+
+logger = init_logger("vllm.fourier_vllm")
 
 
 class FourierBackend(AttentionBackend):
@@ -151,6 +154,10 @@ class FourierImpl(AttentionImpl):
             dtype.itemsize,
             projections,
         )
+        if self.vllm_config.device_config.device.type != "cpu":
+            logger.warning_once(
+                "fourier: this version has no GPU kernels; attention runs in plain PyTorch, slowly."
+            )
         self.window = engine.window(layout.ratio)
         self.codec = PageCodec(layout, dtype, self.vllm_config.device_config.device)
         self.local = FourierLocalCache(layer, self._local_spec(layer, engine, layout))
@@ -208,9 +215,7 @@ class FourierImpl(AttentionImpl):
         if self.local is None:
             window = self.sliding_window
             assert window is not None
-            sliding.run_step(
-                attn_metadata, window, query, key, value, kv_cache, self.scale, output
-            )
+            sliding.run_step(attn_metadata, window, query, key, value, kv_cache, self.scale, output)
             return output
         local_metadata = get_forward_context().attn_metadata[self.local_name]
         reference_path.run_step(

@@ -121,7 +121,7 @@ class FourierLocalManager(SlidingWindowManager):
     @classmethod
     def reachable_block_mask(cls, *args: Any, **kwargs: Any) -> None:
         """Every block may serve a later turn."""
-        return None
+        return
 
     @classmethod
     def find_longest_cache_hit(
@@ -145,7 +145,7 @@ class FourierLocalManager(SlidingWindowManager):
 
         def take(i: int) -> bool:
             cached = block_pool.get_cached_block(hashes[i], kv_cache_group_ids)
-            for blocks, block in zip(groups, cached or ()):
+            for blocks, block in zip(groups, cached or (), strict=True):
                 blocks[i] = block
             return bool(cached)
 

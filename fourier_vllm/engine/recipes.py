@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import torch
-
 from fourier_vllm.config import FourierConfig, Geometry
 from fourier_vllm.engine.plan import Window
-from fourier_vllm.page import PageLayout, align
+from fourier_vllm.page import PageLayout
 from fourier_vllm.recipe import (
     TARGETS,
     LayerRecipe,
@@ -178,7 +176,9 @@ def layer_layout(
         )
     from fourier_vllm.calibration.weights import layer_recipe, page_bytes_for
 
-    bits = layer_recipe(engine.fingerprint, engine.target, ordinal, engine.geometry.page_size, projections)
+    bits = layer_recipe(
+        engine.fingerprint, engine.target, ordinal, engine.geometry.page_size, projections
+    )
     layout = engine.layout(bits, itemsize)
     return replace(layout, page_bytes=max(layout.page_bytes, page_bytes_for(layout, engine.target)))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from packaging.version import Version
+
+from fourier_vllm._text import show
 
 SUPPORTED_VLLM = (Version("0.32"), Version("0.34"))
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16")
@@ -45,7 +48,11 @@ def check_config(vllm_config: Any) -> None:
 
 
 def _problems(vllm_config: Any) -> Iterator[tuple[str, str]]:
-    model = vllm_config.model_config
+    model, options = vllm_config.model_config, vllm_config.additional_config
+    # Other plugins have keys of their own; one that is nearly ours would be passed over in silence.
+    for key in options if isinstance(options, Mapping) else ():
+        if key != "fourier" and get_close_matches(str(key).lower(), ["fourier"], cutoff=0.8):
+            yield f"additional_config key {show(key)}", "write 'fourier'"
     if model is not None:
         yield from _model_problems(model)
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
@@ -91,8 +98,10 @@ def _model_problems(model: Any) -> Iterator[tuple[str, str]]:
         yield "models with state-space or linear-attention layers", WAY_OUT
     if getattr(config, "attn_logit_softcapping", None):
         yield "attention logit soft caps (attn_logit_softcapping)", WAY_OUT
-    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "") == "alibi":
+    if model.uses_alibi:
         yield "ALiBi position biases", WAY_OUT
+    if config.model_type == "gpt_oss":
+        yield "learned attention sinks", WAY_OUT
     if getattr(model, "is_mm_prefix_lm", False):
         yield "bidirectional attention over image tokens", WAY_OUT
 

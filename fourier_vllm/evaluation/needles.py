@@ -10,10 +10,32 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-WORDS = (
-    "apple river castle violin planet garden pepper silver falcon marble bridge candle forest pirate "
-    "rocket saddle tunnel walnut zebra anchor basket copper dragon engine"
-).split()
+WORDS = [
+    "apple",
+    "river",
+    "castle",
+    "violin",
+    "planet",
+    "garden",
+    "pepper",
+    "silver",
+    "falcon",
+    "marble",
+    "bridge",
+    "candle",
+    "forest",
+    "pirate",
+    "rocket",
+    "saddle",
+    "tunnel",
+    "walnut",
+    "zebra",
+    "anchor",
+    "basket",
+    "copper",
+    "dragon",
+    "engine",
+]
 
 
 @dataclass(frozen=True)
@@ -57,9 +79,7 @@ def needle_questions(
         lines = document[: int(len(document) * share)].split("\n")
         places = sorted(rng.sample(range(len(lines) // 40, len(lines) - 1), needles), reverse=True)
         for place, word, number in zip(places, words, numbers, strict=True):
-            lines.insert(
-                place, f"One of the special magic numbers for {word} is: {number}."
-            )
+            lines.insert(place, f"One of the special magic numbers for {word} is: {number}.")
         context = encode("\n".join(lines))[:context_tokens]
         contexts.append(
             [

@@ -23,7 +23,7 @@ MODULES = (
 
 def manual(name: str) -> str:
     """The manual of one module, as `help()` prints it."""
-    return pydoc.plain(pydoc.render_doc(importlib.import_module(name), renderer=pydoc.plaintext))
+    return pydoc.plain(pydoc.render_doc(importlib.import_module(name)))
 
 
 def documents(count: int, min_chars: int) -> list[str]:

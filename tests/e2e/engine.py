@@ -60,9 +60,7 @@ def generate(llm: Any, ids: list[list[int]], max_tokens: int = 100, **sampling: 
     from vllm import SamplingParams
 
     params = SamplingParams(
-        **dict(
-            temperature=0, max_tokens=max_tokens, logprobs=1, detokenize=False, ignore_eos=True
-        )
+        **dict(temperature=0, max_tokens=max_tokens, logprobs=1, detokenize=False, ignore_eos=True)
         | sampling
     )
     return llm.generate([{"prompt_token_ids": x} for x in ids], params, use_tqdm=False)
@@ -78,7 +76,7 @@ def conversation(llm: Any, max_tokens: int = 64) -> list[list[int]]:
     ids = prompts()
     first = generate(llm, ids, max_tokens)
     again = generate(llm, ids, max_tokens)
-    turns = [p + a + [7, 8, 9] for p, a in zip(ids[:4], tokens(first)[:4])]
+    turns = [p + a + [7, 8, 9] for p, a in zip(ids[:4], tokens(first)[:4], strict=True)]
     return tokens(first) + tokens(again) + tokens(generate(llm, turns, max_tokens))
 
 

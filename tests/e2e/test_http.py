@@ -73,7 +73,7 @@ def test_many_clients_and_a_second_turn(client):
     from concurrent.futures import ThreadPoolExecutor
 
     def chat(seed: int) -> str:
-        city = random.Random(seed).choice(["France", "Italy", "Spain"])
+        city = random.Random(seed).choice(["Germany", "Japan"])
         messages = [{"role": "user", "content": f"What is the capital of {city}?"}]
         for _ in range(2):
             reply = client.chat.completions.create(
@@ -88,7 +88,7 @@ def test_many_clients_and_a_second_turn(client):
 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(chat, range(16)))
-    assert all(any(x in a for x in ("Paris", "Rome", "Madrid")) for a in answers)
+    assert all(any(x in a for x in ("Berlin", "Tokyo")) for a in answers)
 
 
 def test_log_says_what_was_gained(server):

@@ -68,9 +68,7 @@ def test_a_short_window_is_noticed(toy, stock, monkeypatch):
     from fourier_vllm.engine.managers import FourierLocalManager
 
     original = FourierLocalManager._first_kept
-    monkeypatch.setattr(
-        FourierLocalManager, "_first_kept", lambda self, n: original(self, n + 48)
-    )
+    monkeypatch.setattr(FourierLocalManager, "_first_kept", lambda self, n: original(self, n + 48))
     with engine(toy(), LOSSLESS, enable_prefix_caching=False) as llm, poison_free_blocks(llm):
         assert conversation(llm) != stock
 
@@ -90,10 +88,10 @@ def test_parallel_sampling_and_logprobs(toy):
         with engine(toy(), fourier) as llm:
             outputs = generate(llm, prompts()[:4], 80, n=3, temperature=0.8, seed=11, logprobs=5)
             results.append(outputs)
-    for ours, theirs in zip(results[1], results[0]):
-        for a, b in zip(ours.outputs, theirs.outputs):
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        for a, b in zip(ours.outputs, theirs.outputs, strict=True):
             assert list(a.token_ids) == list(b.token_ids)
-            for x, y in zip(a.logprobs, b.logprobs):
+            for x, y in zip(a.logprobs, b.logprobs, strict=True):
                 assert x.keys() == y.keys()
                 assert all(abs(x[t].logprob - y[t].logprob) < 1e-3 for t in x)
 
@@ -104,7 +102,7 @@ def test_prompt_logprobs(toy):
         with engine(toy(), fourier) as llm:
             (output,) = generate(llm, prompts()[3:4], 1, prompt_logprobs=0)
             results.append([next(iter(x.values())).logprob for x in output.prompt_logprobs[1:]])
-    assert max(abs(a - b) for a, b in zip(*results)) < 1e-3
+    assert max(abs(a - b) for a, b in zip(*results, strict=True)) < 1e-3
 
 
 def test_abort_frees_everything(toy, stock):
