@@ -43,12 +43,13 @@ def rotation(head_size: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
-    """Codes `[..., n]` of bytes `[..., s]`: byte j holds j, j + s, ..., lowest bits first."""
-    packed, s = packed.astype(np.int64), packed.shape[-1]
-    codes = np.zeros((*packed.shape[:-1], s * 8 // bits), np.int64)
+    """Codes `[..., n, k]` of bytes `[..., s, k]`: byte j holds the codes of tokens j, j + s, ...,
+    lowest bits first."""
+    packed, s = packed.astype(np.int64), packed.shape[-2]
+    codes = np.zeros((*packed.shape[:-2], s * 8 // bits, packed.shape[-1]), np.int64)
     for j in range(s):
         for i in range(8 // bits):
-            codes[..., j + i * s] = (packed[..., j] >> (i * bits)) % (1 << bits)
+            codes[..., j + i * s, :] = (packed[..., j, :] >> (i * bits)) % (1 << bits)
     return codes
 
 
@@ -93,13 +94,13 @@ def _channel(layout: Any, planes: Any, raw: np.ndarray, dtype: torch.dtype) -> t
     low = scipy.fft.idct(padded, axis=1, norm="ortho").transpose(1, 0, 2)  # [W, H, D]
     x, step = low.copy(), np.zeros((H, D))
     scale, zero = (_plane(raw, p, torch.float16) for p in (planes.scale, planes.zero))
-    rows = iter(unpack(_plane(raw, planes.codes, torch.uint8), 2))
+    columns = iter(unpack(_plane(raw, planes.codes, torch.uint8), 2).T)
     for i, (row, bits) in enumerate(zip(planes.coded_dims, planes.coded_bits, strict=True)):
         h, d = divmod(row, D)
-        codes = sum(next(rows) * 4**level for level in range(bits // 2))
+        codes = sum(next(columns) * 4**level for level in range(bits // 2))
         x[:, h, d] += codes * scale[i] + zero[i]
         step[h, d] = scale[i]
-    assert next(rows, None) is None
+    assert next(columns, None) is None
     for i, row in enumerate(planes.raw_dims):
         x[:, row // D, row % D] = _plane(raw, planes.raw, dtype)[i]
     return x, low, step
@@ -109,8 +110,8 @@ def _token(layout: Any, planes: Any, raw: np.ndarray, dtype: torch.dtype) -> tup
     if planes.bits == 16:
         x = _plane(raw, planes.codes, dtype).transpose(1, 0, 2)
         return x, np.zeros(x.shape[:2])
-    rows = unpack(_plane(raw, planes.codes, torch.uint8), 2)
-    codes = sum(row * 4**level for level, row in enumerate(rows))
+    levels = unpack(_plane(raw, planes.codes, torch.uint8), 2)
+    codes = sum(level * 4**i for i, level in enumerate(levels))
     if planes.bits == 3:
         codes = codes + 4 * unpack(_plane(raw, planes.high, torch.uint8), 1)
     scale, zero = (_plane(raw, p, torch.float16) for p in (planes.scale, planes.zero))

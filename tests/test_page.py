@@ -111,10 +111,10 @@ def test_every_dim_is_stored_once(made):
         assert all(flat[i] == b for i, b in zip(planes.coded_dims, planes.coded_bits, strict=True))
         order = [(i // D, -b, i) for i, b in zip(planes.coded_dims, planes.coded_bits, strict=True)]
         assert order == sorted(order), "by head, then bits, most first, then dim"
-        rows = planes.rows()
-        assert len(rows) == planes.codes.shape[0]
+        columns = planes.columns()
+        assert len(columns) == planes.codes.shape[1]
         expected = [(i, n) for i, b in enumerate(planes.coded_bits) for n in range(b // 2)]
-        assert rows == expected, "the levels of a dim lie together, lowest first"
+        assert columns == expected, "the levels of a dim lie together, lowest first"
 
 
 @pytest.mark.parametrize(("v", "ratio"), [(2, 6.0), (3, 4.5), (16, 1.5)])

@@ -145,9 +145,11 @@ class FourierLocalManager(SlidingWindowManager):
 
         def take(i: int) -> bool:
             cached = block_pool.get_cached_block(hashes[i], kv_cache_group_ids)
-            for blocks, block in zip(groups, cached or (), strict=True):
+            if not cached:
+                return False
+            for blocks, block in zip(groups, cached, strict=True):
                 blocks[i] = block
-            return bool(cached)
+            return True
 
         if not all(take(i) for i in range(min(kv_cache_spec.num_pinned_blocks, hit // size))):
             return tuple([] for _ in kv_cache_group_ids), 0
