@@ -61,14 +61,14 @@ def serve_arguments(options: Options) -> list[str]:
 
 
 def long_text(folder: Path, tokens: int) -> str:
-    """About `tokens` tokens of Python's own documentation with the needle in its first tenth."""
-    from pydoc_data.topics import topics
-
+    """About `tokens` tokens of Python's own manuals with the needle in the first tenth."""
     from tokenizers import Tokenizer
 
+    from fourier_vllm.evaluation.text import documents
+
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    ids = tokenizer.encode(text[: 16 * tokens], add_special_tokens=False).ids[:tokens]
+    (text,) = documents(1, 8 * tokens)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids[:tokens]
     early = tokens // 10
     return f"{tokenizer.decode(ids[:early])}\n\n{NEEDLE}\n\n{tokenizer.decode(ids[early:])}"
 

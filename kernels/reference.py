@@ -88,10 +88,15 @@ class ChannelCodec:
         self.column_coded = index([i for i, _ in planes.columns()])  # [N]
         self.column_level = index([level for _, level in planes.columns()])  # [N]
         self.column_weight = 4.0**self.column_level  # [N]
-        heads = torch.arange(layout.num_kv_heads, device=device)[:, None]
-        self.owns_coded = (self.coded // layout.head_size == heads).float()  # [H, C]
-        self.owns_column = self.owns_coded[:, self.column_coded]  # [H, N]
-        self.owns_raw = (self.raw // layout.head_size == heads).float()  # [H, R]
+        # Dim within its head, and a mask of the head it belongs to, for each coded dim, column, raw dim.
+        self.coded_dim, self.owns_coded = self._places(self.coded)  # [C], [H, 1, C]
+        self.column_dim, self.owns_column = self._places(self.coded[self.column_coded])
+        self.raw_dim, self.owns_raw = self._places(self.raw)
+
+    def _places(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        heads = torch.arange(self.layout.num_kv_heads, device=flat.device)[:, None, None]
+        D = self.layout.head_size
+        return flat % D, (flat // D == heads).float()
 
     def seal(self, x: torch.Tensor, pages: torch.Tensor) -> None:
         """Write `x [P, W, H, D]` (float32) into `pages [P, bytes]` (uint8)."""
@@ -163,22 +168,21 @@ class ChannelCodec:
         torch.Tensor
             `[P, H, G, W]`.
         """
+
+        def of_pages(x: torch.Tensor) -> torch.Tensor:
+            return x if len(q) == 1 else x[page_row]  # one request: broadcast over its pages
+
         scale, zero = self._scale_and_zero(pages)
-        q_coded, q_columns, q_raw = (
-            (q[..., dims % self.layout.head_size] * owns[:, None]).flatten(1, 2)[page_row]
-            for dims, owns in (
-                (self.coded, self.owns_coded),
-                (self.coded[self.column_coded], self.owns_column),
-                (self.raw, self.owns_raw),
-            )
-        )  # [P, H*G, C], [P, H*G, N], [P, H*G, R]
-        q_columns = q_columns * (scale[..., self.column_coded] * self.column_weight)
-        s = q_columns @ self._columns(pages).transpose(1, 2)  # [P, H*G, W]
-        s += q_coded @ zero.transpose(1, 2)
+        q_columns = (q[..., self.column_dim] * self.owns_column).flatten(1, 2)  # [B, H*G, N]
+        weight = scale[..., self.column_coded] * self.column_weight  # [P, 1, N]
+        s = (of_pages(q_columns) * weight) @ self._columns(pages).transpose(1, 2)  # [P, H*G, W]
+        q_coded = (q[..., self.coded_dim] * self.owns_coded).flatten(1, 2)  # [B, H*G, C]
+        s += of_pages(q_coded) @ zero.transpose(1, 2)
         if len(self.raw):
-            s += q_raw @ read_plane(pages, self.planes.raw, self.dtype).float()
+            q_raw = (q[..., self.raw_dim] * self.owns_raw).flatten(1, 2)
+            s += of_pages(q_raw) @ read_plane(pages, self.planes.raw, self.dtype).float()
         s = s.unflatten(1, q.shape[1:3])
-        s += (q[page_row] @ self._coefficients(pages).transpose(2, 3)) @ self.basis
+        s += (of_pages(q) @ self._coefficients(pages).transpose(2, 3)) @ self.basis
         return s
 
     def combine(self, p: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
@@ -192,9 +196,9 @@ class ChannelCodec:
         coded = coded * scale + flat.sum(-1)[..., None] * zero
         out = (p @ self.basis.T) @ self._coefficients(pages)
         D = self.layout.head_size
-        out.index_add_(-1, self.coded % D, coded.unflatten(1, (H, G)) * self.owns_coded[:, None])
+        out.index_add_(-1, self.coded_dim, coded.unflatten(1, (H, G)) * self.owns_coded)
         raw = flat @ read_plane(pages, self.planes.raw, self.dtype).float().transpose(1, 2)
-        out.index_add_(-1, self.raw % D, raw.unflatten(1, (H, G)) * self.owns_raw[:, None])
+        out.index_add_(-1, self.raw_dim, raw.unflatten(1, (H, G)) * self.owns_raw)
         return out
 
     def finish(self, out: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ def decode_attention(
     sink_tokens : int
         Leading tokens of a request's first page that are among the raw ones instead.
     k_raw, v_raw : torch.Tensor
-        `[N, T, H, D]`; padding must be finite.
+        `[N, H, T, D]` float32; padding must be finite.
     raw_mask : torch.Tensor
         `[N, T]` bool, False for padding.
 
@@ -47,14 +47,12 @@ def decode_attention(
         `[N, H, G, D]` float32.
     """
     N, H, G, D = q.shape
-    W, T = codec.layout.page_size, k_raw.shape[1]
-    k_raw, v_raw = (x.float().transpose(1, 2) for x in (k_raw, v_raw))  # [N, H, T, D]
+    W, T = codec.layout.page_size, k_raw.shape[2]
     q = q.float() * scale
     s = q.new_full((N, H, G, max_pages * W + T), float("-inf"))
     s_page = s[..., : max_pages * W].unflatten(3, (max_pages, W))  # [N, H, G, pages, W]
-    sealed = codec.k.scores(q, page_row, pages)  # [P, H, G, W]
-    sealed[page_slot == 0, ..., :sink_tokens] = float("-inf")
-    s_page[page_row, :, :, page_slot] = sealed
+    s_page[page_row, :, :, page_slot] = codec.k.scores(q, page_row, pages)
+    s[..., : min(sink_tokens, max_pages * W)] = float("-inf")  # these are among the raw ones
     s[..., max_pages * W :] = q @ k_raw.transpose(2, 3)
     s[..., max_pages * W :].masked_fill_(~raw_mask[:, None, None], float("-inf"))
     p = s.softmax(-1)

@@ -30,7 +30,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from fourier_vllm.engine.plan import StepPlan, Window, make_plan
+from fourier_vllm.engine.plan import Cells, StepPlan, Window, make_plan
 from fourier_vllm.engine.specs import FourierLocalSpec, FourierPageSpec
 
 LLAMA = dict(
@@ -282,8 +282,10 @@ class Worker:
         served = []
         if plan.decode is not None:
             d = plan.decode
-            raw, mask = self._cells(d.cells), d.raw_mask.numpy()
-            expect((raw != POISON).all(), "padding of a decode row reads a poisoned cell")
+            size = self.window.block_size
+            offsets = torch.arange(size).repeat(d.block.shape[1]).expand(len(d.block), -1)
+            raw = self._cells(Cells(d.block.repeat_interleave(size, 1), offsets))
+            mask = d.raw_mask.numpy()
             page, row, slot = d.page.numpy(), d.row.numpy(), d.slot.numpy()
             expect(int(slot.max(initial=-1)) < d.max_pages or not len(slot), "max_pages is short")
             for n, query in enumerate(d.query.tolist()):

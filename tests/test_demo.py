@@ -58,6 +58,5 @@ def test_demo_reports_a_smaller_cache(stdout: str) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.xfail(reason="the recipe derived from the weights loses the password; stock finds it")
 def test_demo_finds_the_password(stdout: str) -> None:
     assert "bluebird" in stdout.split("answer:")[1]

@@ -437,8 +437,9 @@ def planned(config, layers, local_block_size=None, prefill="windowed", length=20
     geometry = Geometry(128, 256, 16, local_block_size)
     engine = EngineRecipe(fingerprint, geometry, None, "balanced", prefill, "test")
     specs, windows_ = {}, []
-    for i, (k, v) in enumerate(layers):
-        layout = engine.layout(LayerRecipe(k=k, v=v), 2)
+    layouts = [engine.layout(LayerRecipe(k=k, v=v), 2) for k, v in layers]
+    page_bytes = max(x.page_bytes for x in layouts)  # as `recipes.layer_layout` pads them
+    for i, layout in enumerate(replace(x, page_bytes=page_bytes) for x in layouts):
         window = engine.window(layout.ratio)
         windows_.append(window)
         block_bytes = layout.raw_bytes // window.page_size * window.block_size
@@ -465,18 +466,14 @@ def planned(config, layers, local_block_size=None, prefill="windowed", length=20
         pytest.param([PLAIN] * 8, {"local_block_size": 128}, 8, id="blocks-of-128"),
         pytest.param([([[16] * 128] * 8, 16)] * 8, {}, 1, id="lossless"),
         pytest.param([PLAIN] * 3 + [MORE] * 3 + [MOST] * 2, {}, 1, id="three-page-sizes"),
-        pytest.param([PLAIN] * 4 + [MORE] * 4, {}, 2, id="two-page-sizes-balanced"),
+        pytest.param([PLAIN] * 4 + [MORE] * 4, {}, 1, id="two-page-sizes-balanced"),
         pytest.param(
             [(bits(n, 0, 0), 4) for n in (0, 0, 0, 40, 128, 128, 90, 20)], {}, None, id="far-apart"
         ),
     ],
 )
-def test_capacity_of_what_vllm_plans(request, config, layers, options, groups, prefill):
+def test_capacity_of_what_vllm_plans(config, layers, options, groups, prefill):
     """However the planner groups the layers, the reported number of requests runs at once."""
-    if prefill == "exact" and any(x in request.node.name for x in ("balanced", "far-apart")):
-        # Specs cannot know that vLLM's planner made several groups of layers of unequal pages.
-        reason = "a local group keeps room for its own exact prefill only"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     cfg, caches, window = planned(config, layers, prefill=prefill, **options)
     pages, *locals_ = caches.kv_cache_groups
     assert isinstance(pages.kv_cache_spec, FourierPageSpec)

@@ -211,7 +211,7 @@ def test_stale_ids_below_the_window_are_not_read():
     start = (300 - 48) // 32 * 32
     positions = [*range(16), *range(start, 300)]
     assert plan.decode is not None
-    read = plan.decode.cells.block * 16 + plan.decode.cells.offset - 16
+    read = (plan.decode.block[..., None] * 16 + torch.arange(16) - 16).flatten(1)
     assert read[plan.decode.raw_mask].tolist() == positions
     assert plan.decode.page.tolist() == [40 + i for i in range(start // 32)]
     assert plan.seal is None

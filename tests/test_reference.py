@@ -411,8 +411,8 @@ def check_decode(
         slot[order],
         max(num_pages),
         sinks,
-        k_raw,
-        v_raw,
+        k_raw.transpose(1, 2),
+        v_raw.transpose(1, 2),
         mask,
         D**-0.5,
     )

@@ -47,15 +47,15 @@ class SealStep:
 
 @dataclass
 class DecodeStep:
-    """Requests with one query token: N rows, P sealed pages among them, T raw tokens at most."""
+    """Requests with one query token: N rows, P sealed pages among them, B raw blocks a row."""
 
     query: torch.Tensor  # [N] row of each request's query
     page: torch.Tensor  # [P]
     row: torch.Tensor  # [P] which of the N rows a page belongs to
     slot: torch.Tensor  # [P] index of the page in its request
     max_pages: int
-    cells: Cells  # [N, T]
-    raw_mask: torch.Tensor  # [N, T] bool, True where there is a token
+    block: torch.Tensor  # [N, B] raw blocks, pinned ones first
+    raw_mask: torch.Tensor  # [N, B * block_size] bool, True where a token is read
 
 
 @dataclass
@@ -214,21 +214,25 @@ def _plan_decode(
     page_table: torch.Tensor,
     local_table: torch.Tensor,
 ) -> DecodeStep:
+    bs = window.block_size
     page, row, slot = _page_ids(page_table, raw // window.page_size)
-    recent = raw[:, None] + torch.arange(int((seq_lens - raw).max()), device=raw.device)
-    sinks = torch.arange(window.sink_tokens, device=raw.device).expand(len(raw), -1)
-    positions = torch.cat([sinks, recent], 1)
+    pinned = torch.arange(window.num_pinned_blocks, device=raw.device).expand(len(raw), -1)
+    last = (seq_lens[:, None] - 1) // bs
+    recent = raw[:, None] // bs
+    recent = recent + torch.arange(int((last - recent).max()) + 1, device=raw.device)
+    index = torch.cat([pinned, recent], 1)  # [N, B]
+    offset = torch.arange(bs, device=raw.device)
     # With no page sealed the recent tokens include the sinks.
-    mask = torch.cat([(raw > 0)[:, None].expand(sinks.shape), recent < seq_lens[:, None]], 1)
-    positions = torch.where(mask, positions, seq_lens[:, None] - 1)
+    sinks = (pinned[..., None] * bs + offset < window.sink_tokens) & (raw > 0)[:, None, None]
+    mask = torch.cat([sinks, recent[..., None] * bs + offset < seq_lens[:, None, None]], 1)
     return DecodeStep(
         query=query,
         page=page,
         row=row,
         slot=slot,
         max_pages=int(raw.max()) // window.page_size,
-        cells=_cells(local_table, positions, window.block_size),
-        raw_mask=mask,
+        block=local_table.gather(1, torch.minimum(index, last)).long(),
+        raw_mask=mask.flatten(1),
     )
 
 

@@ -156,7 +156,8 @@ def layer_layout(
 ) -> PageLayout:
     """Pages of the `ordinal`-th compressed layer on one tensor-parallel rank.
 
-    Pages must be of one size on all ranks, so those of a recipe are padded to the largest rank's.
+    Pages have one size in all layers and on all ranks: they share block ids, and the capacity that is
+    reported counts on it. Those of a recipe are padded to its largest layer and rank.
 
     Raises
     ------
@@ -164,11 +165,9 @@ def layer_layout(
         There is no recipe, and the layer's weights cannot be found either.
     """
     if engine.recipe is not None:
-        layouts = [
-            engine.layout(_rank_recipe(engine.recipe, r, world).layers[ordinal], itemsize)
-            for r in range(world)
-        ]
-        return replace(layouts[rank], page_bytes=max(x.page_bytes for x in layouts))
+        bits = _rank_recipe(engine.recipe, rank, world).layers[ordinal]
+        page_bytes = _largest_page(engine, world, itemsize)
+        return replace(engine.layout(bits, itemsize), page_bytes=page_bytes)
     if projections is None:
         raise ValueError(
             "attention backend fourier found no recipe and cannot read this model's projections: "
@@ -180,7 +179,21 @@ def layer_layout(
         engine.fingerprint, engine.target, ordinal, engine.geometry.page_size, projections
     )
     layout = engine.layout(bits, itemsize)
-    return replace(layout, page_bytes=max(layout.page_bytes, page_bytes_for(layout, engine.target)))
+    page_bytes = page_bytes_for(layout, engine.target)
+    if TARGETS[engine.target].ratio is None:  # fixed counts of raw dims, not the same in all layers
+        counts = target_recipe(engine.fingerprint, engine.target, engine.geometry.page_size)
+        page_bytes = _largest_page(replace(engine, recipe=counts), world, itemsize)
+    return replace(layout, page_bytes=max(layout.page_bytes, page_bytes))
+
+
+@lru_cache(maxsize=8)
+def _largest_page(engine: EngineRecipe, world: int, itemsize: int) -> int:
+    assert engine.recipe is not None
+    return max(
+        engine.layout(bits, itemsize).page_bytes
+        for rank in range(world)
+        for bits in _rank_recipe(engine.recipe, rank, world).layers
+    )
 
 
 @lru_cache(maxsize=64)

@@ -24,6 +24,16 @@ def load(local: torch.Tensor, cells: Cells) -> tuple[torch.Tensor, torch.Tensor]
     return k, v
 
 
+def load_blocks(local: torch.Tensor, block: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """K and V of whole blocks `[N, B]`, `[N, H, B * block_size, 2 * D]` float32, zero outside `mask`.
+
+    What is not read may be anything, NaN included, and NaN times a weight of zero is NaN.
+    """
+    raw = local.index_select(0, block.flatten()).unflatten(0, block.shape)
+    raw = raw.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).flatten(2, 3)
+    return raw.masked_fill_(~mask[:, None, :, None], 0.0)
+
+
 def run_step(
     codec: PageCodec,
     plan: StepPlan,
@@ -62,7 +72,7 @@ def run_step(
         pages[step.page] = codec.seal(k_page, v_page, step.num_pinned)
     if plan.decode is not None:
         d = plan.decode
-        k_raw, v_raw = load(local, d.cells)
+        k_raw, v_raw = load_blocks(local, d.block, d.raw_mask).chunk(2, -1)
         out = decode_attention(
             codec,
             q[d.query].unflatten(1, (H, -1)),
