@@ -195,7 +195,6 @@ class ChannelCodec:
         coded.index_add_(2, self.column_coded, sums)
         coded = coded * scale + flat.sum(-1)[..., None] * zero
         out = (p @ self.basis.T) @ self._coefficients(pages)
-        D = self.layout.head_size
         out.index_add_(-1, self.coded_dim, coded.unflatten(1, (H, G)) * self.owns_coded)
         raw = flat @ read_plane(pages, self.planes.raw, self.dtype).float().transpose(1, 2)
         out.index_add_(-1, self.raw_dim, raw.unflatten(1, (H, G)) * self.owns_raw)
