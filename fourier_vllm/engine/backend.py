@@ -13,13 +13,12 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, MultipleOf
+from vllm.v1.attention.backend import AttentionImpl
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
-from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from fourier_vllm.engine import reference_path, sliding
-from fourier_vllm.engine.local_cache import SUFFIX, FourierLocalCache
-from fourier_vllm.engine.metadata import FourierMetadata, FourierMetadataBuilder
+from fourier_vllm.engine.local_cache import SUFFIX, FourierLocalBackend, FourierLocalCache
+from fourier_vllm.engine.metadata import FourierMetadata
 from fourier_vllm.engine.model_weights import Ancestry, read_projections
 from fourier_vllm.engine.platform import NAME
 from fourier_vllm.engine.recipes import (
@@ -36,7 +35,7 @@ from fourier_vllm.page import PAGE_ALIGNMENT
 logger = init_logger("vllm.fourier_vllm")
 
 
-class FourierBackend(AttentionBackend):
+class FourierBackend(FourierLocalBackend):
     """Sealed Fourier pages for old tokens, raw blocks for recent ones."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.float16, torch.bfloat16]
@@ -49,19 +48,6 @@ class FourierBackend(AttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[FourierImpl]:
         return FourierImpl
-
-    @staticmethod
-    def get_builder_cls() -> Any:
-        return FourierMetadataBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(8)]
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        # Block-outermost: pages and raw blocks of different sizes side by side in one block id.
-        return (KVCacheLayout.BLHNC,)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

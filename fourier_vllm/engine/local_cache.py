@@ -17,7 +17,7 @@ SUFFIX = ".fourier_local"
 
 
 class FourierLocalBackend(AttentionBackend):
-    """Gives the companion its metadata; it never runs attention itself."""
+    """What both caches share: metadata and layout. The companion never runs attention itself."""
 
     @staticmethod
     def get_name() -> str:
@@ -37,6 +37,7 @@ class FourierLocalBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # Block-outermost: pages and raw blocks of different sizes side by side in one block id.
         return (KVCacheLayout.BLHNC,)
 
 
