@@ -134,7 +134,7 @@ def engine_recipe(vllm_config: Any) -> EngineRecipe:
         page = options.geometry().page_size
         recipe, source = target_recipe(fingerprint, ALL_KEPT, page), "option target"
     elif options.page_size is None:
-        recipe = find_bundled(fingerprint, options.target)
+        recipe = _find_bundled(fingerprint, options.target)
         source = "bundled, " + recipe.provenance.source if recipe else source
     if recipe is not None:
         recipe.check_fits(fingerprint)
@@ -148,7 +148,9 @@ def engine_recipe(vllm_config: Any) -> EngineRecipe:
     )
 
 
+# Every layer resolves the recipe; the files are read once a process.
 _load = lru_cache(maxsize=8)(Recipe.load)
+_find_bundled = lru_cache(maxsize=8)(find_bundled)
 
 
 def layer_layout(
