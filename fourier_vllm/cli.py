@@ -122,6 +122,12 @@ def _add_calibrate(commands: Commands) -> None:
     )
     targets = [name for name in recipe.TARGETS if name != "lossless"]
     parser.add_argument("--target", choices=targets, default="balanced")
+    parser.add_argument(
+        "--bits",
+        type=float,
+        metavar="B",
+        help="average bits of a K or V value in sealed pages, instead of the target's",
+    )
     for option, default, choices in (
         ("--page-size", recipe.DEFAULT_PAGE_SIZE, recipe.PAGE_SIZES),
         ("--local-window", recipe.DEFAULT_LOCAL_WINDOW, None),
@@ -158,6 +164,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             model=args.model,
             text=args.text,
             target=args.target,
+            bits=args.bits,
             page_size=args.page_size,
             local_window=args.local_window,
             sink_tokens=args.sink_tokens,

@@ -45,8 +45,14 @@ def step_of(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(step > 0, step, 1.0)[..., None]
 
 
+def range_share(bits: int) -> float:
+    """Share of the range of a token's values that its codes span: at 2 bits, finer steps are worth more
+    than the ends of the range."""
+    return 0.9 if bits == 2 else 1.0
+
+
 def quantize(
-    x: torch.Tensor, bits: int | torch.Tensor
+    x: torch.Tensor, bits: int | torch.Tensor, share: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Asymmetric min/max quantisation of the last dim.
 
@@ -56,6 +62,8 @@ def quantize(
         `[..., n]` float32.
     bits : int or torch.Tensor
         Bits of all of `x`, or `[...]` of each run.
+    share : float
+        Share of the range of `x`, about its middle, that the codes span.
 
     Returns
     -------
@@ -64,11 +72,18 @@ def quantize(
         zero, so that dequantisation is `codes * scale + zero` exactly.
     """
     levels = torch.as_tensor(2**bits - 1, dtype=torch.float32, device=x.device)
-    zero = x.amin(-1).clamp(-FP16_MAX, FP16_MAX).half()
-    scale = ((x.amax(-1) - zero.float()) / levels).clamp(0.0, FP16_MAX).half()
+    low, high = x.amin(-1), x.amax(-1)
+    cut = (high - low) * ((1.0 - share) / 2)
+    zero = (low + cut).clamp(-FP16_MAX, FP16_MAX).half()
+    scale = ((high - cut - zero.float()) / levels).clamp(0.0, FP16_MAX).half()
     codes = ((x - zero.float()[..., None]) / step_of(scale)).round()
     codes = torch.minimum(codes.clamp_min(0.0), levels[..., None])
     return codes.byte(), scale, zero
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """Inverse of `quantize` to its rounding, float32."""
+    return codes * scale.float()[..., None] + zero.float()[..., None]
 
 
 class ChannelCodec:
@@ -221,7 +236,7 @@ class TokenCodec:
         if planes.scale is None or planes.zero is None:
             read_plane(pages, planes.codes, self.dtype)[:] = x
             return
-        codes, scale, zero = quantize(x @ self.rotation, planes.bits)
+        codes, scale, zero = quantize(x @ self.rotation, planes.bits, range_share(planes.bits))
         rows = read_plane(pages, planes.codes, torch.uint8)
         for level in range(planes.bits // 2):
             rows[:, level] = pack((codes >> (2 * level)) & 3, 2)

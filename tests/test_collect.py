@@ -11,12 +11,14 @@ import transformers
 from fourier_vllm import cli
 from fourier_vllm.calibration import calibrate as calibration
 from fourier_vllm.calibration.calibrate import Options, measured_recipe
-from fourier_vllm.calibration.collect import collect
+from fourier_vllm.calibration.collect import SEED, collect
 from fourier_vllm.calibration.model import fingerprint_of, full_attention_layers, model_name
-from fourier_vllm.calibration.statistics import CODED, distortion
+from fourier_vllm.calibration.statistics import KEY_BITS, VALUE_BITS, Sums
 from fourier_vllm.calibration.text import cut, read_text
 from fourier_vllm.evaluation.loop import score, through_pages
 from fourier_vllm.inspection import layouts, ratio_of
+from fourier_vllm.kernels.basis import rotation
+from fourier_vllm.kernels.reference import dequantize, quantize, range_share
 from fourier_vllm.recipe import TARGETS, Provenance, Recipe, RecipeError, target_recipe
 
 W, M, S, L = 32, 1, 5, 40  # tokens a page, coefficients, sinks, local window
@@ -71,24 +73,31 @@ def texts(*lengths):
     return [torch.randint(0, COMMON["vocab_size"], (n,), generator=g) for n in lengths]
 
 
-def seen_by_eager(model, ids):
-    """Queries, keys and values after RoPE, as eager attention receives them: no cache, no hooks."""
-    found, module = {}, sys.modules[type(model).__module__]
+def seen_by_eager(model, ids, seed=SEED):
+    """Queries, keys and values after RoPE as eager attention receives them, `[heads, T, D]`, and the
+    gradients `[Hq, T, D]` at its outputs, of the likelihood of tokens drawn for the later half."""
+    found, outputs, module = {}, {}, sys.modules[type(model).__module__]
     eager = module.eager_attention_forward
 
     def spy(layer, query, key, value, *args, **kwargs):
-        found[layer.layer_idx] = [x[0].double() for x in (query, key, value)]
-        return eager(layer, query, key, value, *args, **kwargs)
+        output, weights = eager(layer, query, key, value, *args, **kwargs)
+        output.retain_grad()
+        found[layer.layer_idx] = [x[0].detach().double() for x in (query, key, value)]
+        outputs[layer.layer_idx] = output
+        return output, weights
 
     model.set_attn_implementation("eager")
     module.eager_attention_forward = spy
     try:
-        with torch.inference_mode():
-            model(ids[None])
+        logits = model(ids[None]).logits[0, len(ids) // 2 :].float()
     finally:
         module.eager_attention_forward = eager
         model.set_attn_implementation("sdpa")
-    return found
+    logp = logits.log_softmax(-1)
+    drawn = torch.multinomial(logp.detach().exp(), 1, generator=torch.Generator().manual_seed(seed))
+    logp.gather(1, drawn).sum().backward()
+    model.zero_grad()
+    return {i: (*found[i], outputs[i].grad[0].transpose(0, 1).double()) for i in found}
 
 
 def residuals(x):
@@ -104,25 +113,23 @@ def residuals(x):
     return pages - pages @ E.T @ E, counts
 
 
-def coded(rest, bits):
-    low, high = rest.amin(-1, keepdim=True), rest.amax(-1, keepdim=True)
-    step = (high - low) / (2**bits - 1)
-    return ((rest - low) / step).round() * step + low
+def coded(x, bits, share=1.0):
+    return dequantize(*quantize(x.float(), bits, share)).double()
 
 
-def damage(q, k, v, errors, scaling):
-    """Squared changes of the outputs [D], one dim after the other, from scratch for every query."""
-    total, count, T = 0, 0, len(k)
+def changes(q, k, v, g, errors, scaling, of_values=False):
+    """First-order change of g . output [queries, D or 1], from scratch for every query of one head."""
+    found, T = [], len(k)
     for position in range(T // 2, T):
-        scores = q[:, position] @ k[: position + 1].T * scaling
-        p = scores.softmax(-1)  # [G, position + 1]
+        p = (q[position] @ k[: position + 1].T * scaling).softmax(-1)
         o = p @ v[: position + 1]
         far = slice(S, max(S, (position + 1 - min(L, T // 4)) // W * W))
-        distance = (v[None, far] - o[:, None]).square().sum(-1)
-        tokens = p[:, far].square() * distance
-        total = total + q[:, position].square() * (tokens @ errors[far])
-        count += 1
-    return total.sum(0) * scaling**2, count * len(q)
+        if of_values:
+            found.append((p[far] @ (errors[far] @ g[position]))[None])
+        else:
+            toward = p[far] * ((v[far] - o) @ g[position]) * scaling
+            found.append(q[position] * (toward @ errors[far]))
+    return torch.stack(found)
 
 
 def test_statistics_are_those_of_the_text(model):
@@ -130,14 +137,13 @@ def test_statistics_are_those_of_the_text(model):
     found = collect(model, documents, W, M, S, L)
     layers = full_attention_layers(model)
     assert len(found) == len(layers)
-    seen = [seen_by_eager(model, ids) for ids in documents]
-    for layer, statistics in zip(layers, found, strict=True):
+    seen = [seen_by_eager(model, ids, SEED + i) for i, ids in enumerate(documents)]
+    scaling = 32**-0.5
+    for layer, statistics in list(zip(layers, found, strict=True))[::2]:
         for h in range(2):
-            of_head = [
-                (s[layer][0][2 * h : 2 * h + 2], *(x[h] for x in s[layer][1:])) for s in seen
-            ]
-            keys = [residuals(k) for _, k, _ in of_head]
-            values = [residuals(v) for *_, v in of_head]
+            of_head = [(*(x[h] for x in s[layer][1:3]), s[layer]) for s in seen]
+            keys = [residuals(k) for k, _, _ in of_head]
+            values = [residuals(v) for _, v, _ in of_head]
             for parts, expected in (
                 (keys, statistics.residual),
                 (values, statistics.value_residual),
@@ -145,46 +151,65 @@ def test_statistics_are_those_of_the_text(model):
                 rest, counts = (torch.cat(x) for x in zip(*parts, strict=True))
                 mean = (rest.square() * counts).sum((0, 2)) / counts.sum()
                 torch.testing.assert_close(expected[h], mean, rtol=1e-4, atol=1e-9)
-            for bits in (0, *CODED):
+
+            def mean_of(errors, of_head=of_head, h=h, of_values=False):
                 total, count = 0, 0
-                for (q, k, v), (rest, _) in zip(of_head, keys, strict=True):
-                    error = (coded(rest, bits) - rest if bits else rest).square()
-                    # Every token has an entry, those after the last whole page included.
-                    error = error.transpose(1, 2).flatten(0, 1)
+                for (k, v, (q, _, _, g)), error in zip(of_head, errors, strict=True):
                     error = torch.cat([error, error.new_zeros(len(k) - len(error), 32)])
-                    sums, n = damage(q, k, v, error, 32**-0.5)
-                    total, count = total + sums, count + n
-                # Scales are fp16 in the format: at 8 bits that shows.
+                    for i in (2 * h, 2 * h + 1):
+                        parts = changes(q[i], k, v, g[i], error, scaling, of_values)
+                        total, count = total + parts.square().sum(0), count + len(parts) / 2
+                return total / count / 2
+
+            for bits in KEY_BITS[1 - h :: 2]:
+                errors = [
+                    (rest - coded(rest, bits) if bits else rest).transpose(1, 2).flatten(0, 1)
+                    for rest, _ in keys
+                ]
                 torch.testing.assert_close(
-                    statistics.damage[bits][h],
-                    total / count,
-                    rtol={0: 1e-3, 2: 0.05, 4: 0.1, 8: 0.5}[bits],
+                    statistics.key_damage[bits][h],
+                    mean_of(errors),
+                    rtol=0.5 if bits == 8 else 0.05,  # rounding of scales shows at 8 bits
+                    atol=1e-9,
+                )
+            R = rotation(32)
+            for bits in VALUE_BITS[h::2]:
+                errors = [
+                    rest.transpose(1, 2).flatten(0, 1)
+                    if bits == 0
+                    else (v @ R - coded(v @ R, bits, range_share(bits))) @ R.T
+                    for (_, v, _), (rest, _) in zip(of_head, values, strict=True)
+                ]
+                torch.testing.assert_close(
+                    statistics.value_damage[bits][h : h + 1],
+                    mean_of(errors, of_values=True),
+                    rtol=0.5 if bits == 8 else 0.05,
                     atol=1e-9,
                 )
 
 
-def test_damage_is_the_change_of_the_output(llama):
+def test_damage_is_the_change_of_the_output():
     """The formula against attention itself: keys without and with the error of one dim."""
-    (ids,) = texts(300)
-    q, k, v = seen_by_eager(llama, ids)[1]
-    q, k, v = q[:2], k[0], v[0]
+    rng = torch.Generator().manual_seed(0)
+    q, k, v, g = torch.randn(4, 150, 32, generator=rng).double()
     rest, _ = residuals(k)
+    sums = Sums(W, M, S, L)
+    sums.add(q[None], k[None], v[None], 32**-0.5, g[None])
+    predicted = sums.finish().key_damage[0][0]
     rest = rest.transpose(1, 2).flatten(0, 1)
-    predicted, _ = damage(
-        q, k, v, torch.cat([rest.square(), rest.new_zeros(len(k) - len(rest), 32)]), 32**-0.5
-    )
     for dim in (3, 20):
-        changed = 0.0
+        changed = []
         for position in range(len(k) // 2, len(k)):
-            far = slice(S, (position + 1 - L) // W * W)
+            far = slice(S, max(S, (position + 1 - len(k) // 4) // W * W))
             lossy = k[: position + 1].clone()
-            lossy[far, dim] -= 0.01 * rest[far, dim]
+            lossy[far, dim] -= 1e-3 * rest[far, dim]
             old, new = (
-                (q[:, position] @ x.T * 32**-0.5).softmax(-1) @ v[: position + 1]
+                (q[position] @ x.T * 32**-0.5).softmax(-1) @ v[: position + 1]
                 for x in (k[: position + 1], lossy)
             )
-            changed += (new - old).square().sum() * 1e4
-        assert float(changed) == pytest.approx(float(predicted[dim]), rel=0.5)
+            changed.append(float((new - old) @ g[position]) * 1e3)
+        mean = sum(x * x for x in changed) / len(changed) / 2
+        assert mean == pytest.approx(float(predicted[dim]), rel=0.02)
 
 
 def test_collecting_leaves_the_model_as_it_was(model):
@@ -197,7 +222,28 @@ def test_collecting_leaves_the_model_as_it_was(model):
     assert model.config._attn_implementation == "sdpa"
     second = collect(model, [ids], W, M, S, L)
     for a, b in zip(first, second, strict=True):
-        assert torch.equal(a.weight, b.weight)
+        assert torch.equal(a.key_damage[2], b.key_damage[2])
+        assert torch.equal(a.value_damage[2], b.value_damage[2])
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not model.training
+    assert not model.is_gradient_checkpointing
+
+
+def test_an_interrupted_run_goes_on_where_it_was(llama):
+    documents, kept = texts(150, 150, 160), []
+    whole = collect(llama, documents, W, M, S, L)
+
+    def stop(done, sums):
+        kept[:] = [done, [dict(x) for x in sums]]
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(llama, documents, W, M, S, L, checkpoint=stop)
+    rest = collect(llama, documents, W, M, S, L, done=kept[1], num_done=kept[0])
+    for a, b in zip(whole, rest, strict=True):
+        assert torch.equal(a.key_damage[4], b.key_damage[4])
+        assert torch.equal(a.residual, b.residual)
 
 
 def test_the_hidden_states_are_exact(llama):
@@ -216,16 +262,15 @@ def test_a_recipe_from_statistics(model, target):
     options = Options(model="tiny", target=target, page_size=128, sink_tokens=8, local_window=64)
     m = TARGETS[target].coefficients(128)
     statistics = collect(model, texts(512), 128, m, 8, 64)
-    measured = distortion(statistics)
-    assert 0 < measured[8] < measured[4] < measured[2] < measured[0] == 1.0
+    for damage in (x.key_damage for x in statistics):
+        assert 0 < damage[8].sum() < damage[4].sum() < damage[2].sum() < damage[0].sum()
     provenance = Provenance(source="calibrated", text="random", tokens=512)
     recipe = measured_recipe(fingerprint, statistics, options, provenance)
     assert Recipe.loads(recipe.dumps()) == recipe
     recipe.check_fits(fingerprint)
     assert (recipe.name, recipe.sink_tokens, recipe.local_window) == (target, 8, 64)
     ratio = TARGETS[target].ratio
-    assert ratio is None or all(page.ratio >= ratio for page in layouts(recipe))
-    assert ratio is None or ratio_of(recipe) >= ratio
+    assert ratio is None or ratio <= ratio_of(recipe) < 1.15 * ratio
     if target == "paper":
         for layer, x in zip(recipe.layers, statistics, strict=True):
             for bits, energy in ((layer.k, x.residual), (layer.v, x.value_residual)):
@@ -238,7 +283,8 @@ def test_ranks_get_equal_bytes_on_request(llama):
     statistics = collect(llama, texts(512), 128, 4, 8)
     # One head matters more than the other.
     for x in statistics:
-        x.weight[1] *= 1000
+        for damage in x.key_damage.values():
+            damage[1] *= 1000
     spent = {}
     for ranks in (1, 2, 8):
         options = Options(model="tiny", tensor_parallel_size=ranks)
@@ -247,7 +293,7 @@ def test_ranks_get_equal_bytes_on_request(llama):
         )
         spent[ranks] = [sum(row) for row in recipe.layers[0].k]
     assert spent[1][1] > spent[2][1]
-    assert abs(spent[2][0] - spent[2][1]) <= 4
+    assert abs(spent[2][0] - spent[2][1]) <= 8
     assert spent[8] == spent[2]
     with pytest.raises(RecipeError, match="shards must divide 2 KV heads, found 0"):
         measured_recipe(
@@ -375,6 +421,37 @@ def test_the_command_writes_a_recipe(folder, capsys, monkeypatch):
     assert 500 < (recipe.provenance.tokens or 0) <= 600
     assert str(folder) not in recipe.dumps()
     assert f"{ratio_of(recipe):.2f} times smaller" in capsys.readouterr().out
+
+
+def test_an_interrupted_command_goes_on(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    lengths = ["--tokens", "600", "-o", "whole.json"]
+    monkeypatch.setattr(calibration, "DOCUMENT_TOKENS", 256)
+    assert calibrate(folder, *lengths) == 0
+    progress = folder / "r.json.progress.npz"
+    from fourier_vllm.calibration import progress as kept
+
+    save = kept.Progress.save
+
+    def stop(self, num_done, sums):
+        save(self, num_done, sums)
+        raise KeyboardInterrupt
+
+    lengths[-1] = "r.json"
+    monkeypatch.setattr(kept.Progress, "save", stop)
+    assert calibrate(folder, *lengths) == 130
+    assert progress.exists()
+    monkeypatch.setattr(kept.Progress, "save", save)
+    capsys.readouterr()
+    assert calibrate(folder, *lengths) == 0
+    assert "1 of 3 documents done" in capsys.readouterr().out
+    assert not progress.exists()
+    assert Recipe.load("r.json").layers == Recipe.load("whole.json").layers
+    # What belongs to another calibration, or is no archive, is not used.
+    for content in (b"", b"PK\x03\x04 cut short"):
+        progress.write_bytes(content)
+        assert calibrate(folder, *lengths) == 0
+        assert "documents done" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

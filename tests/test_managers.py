@@ -28,9 +28,9 @@ from vllm.v1.request import Request
 from fourier_vllm.config import Geometry
 from fourier_vllm.engine.local_cache import SUFFIX
 from fourier_vllm.engine.plan import Window
-from fourier_vllm.engine.recipes import EngineRecipe, num_local_groups
+from fourier_vllm.engine.recipes import EngineRecipe, id_bytes, layer_layout, num_local_groups
 from fourier_vllm.engine.specs import FourierLocalSpec, FourierPageSpec
-from fourier_vllm.recipe import LayerRecipe, ModelFingerprint
+from fourier_vllm.recipe import LayerRecipe, ModelFingerprint, Provenance, Recipe
 from tests.scheduling import LOCAL_GROUP, PAGE_GROUP, Engine, engine_config, local_spec, page_spec
 from tests.test_plan import EXACT, WINDOWED, simulate, windows
 
@@ -435,26 +435,32 @@ def planned(config, layers, local_block_size=None, prefill="windowed", length=20
         architecture="x", num_layers=len(layers), num_heads=8, num_kv_heads=8, head_size=128
     )
     geometry = Geometry(128, 256, 16, local_block_size)
-    engine = EngineRecipe(fingerprint, geometry, None, "balanced", prefill, "test")
-    specs, windows_ = {}, []
-    layouts = [engine.layout(LayerRecipe(k=k, v=v), 2) for k, v in layers]
-    page_bytes = max(x.page_bytes for x in layouts)  # as `recipes.layer_layout` pads them
-    for i, layout in enumerate(replace(x, page_bytes=page_bytes) for x in layouts):
-        window = engine.window(layout.ratio)
-        windows_.append(window)
+    recipe = Recipe(
+        name="test",
+        model=fingerprint,
+        coefficients=4,
+        layers=[LayerRecipe(k=k, v=v) for k, v in layers],
+        provenance=Provenance(source="manual"),
+    )
+    engine = EngineRecipe(fingerprint, geometry, recipe, "balanced", prefill, "test")
+    specs = {}
+    for i in range(len(layers)):
+        layout = layer_layout(engine, i, 0, 1, 2, None)
+        total = id_bytes(engine, 1, layout)
+        window = engine.window(len(layers) * layout.raw_bytes / total)
         block_bytes = layout.raw_bytes // window.page_size * window.block_size
-        groups = num_local_groups(len(layers), layout.page_bytes, block_bytes)
+        groups = num_local_groups(len(layers), total, block_bytes)
         shape: dict[str, Any] = dict(num_kv_heads=8, head_size=128)
         name = f"model.layers.{i}.self_attn.attn"
         specs[name] = replace(page_spec(window, layout.page_bytes), **shape)
-        specs[name + SUFFIX] = replace(local_spec(window, layout.page_bytes, groups), **shape)
+        specs[name + SUFFIX] = replace(local_spec(window, total // len(layers), groups), **shape)
     cfg = config(length, max_num_batched_tokens=512)
     cfg.cache_config.kv_cache_layout = "BLHNC"
     memory = 400 * sum(s.page_size_bytes for s in specs.values() if s.block_size == 128)
     worker = get_kv_cache_configs(cfg, [specs], [memory])
     caches = generate_scheduler_kv_cache_config(worker)
     cfg.cache_config.num_gpu_blocks = caches.num_blocks
-    return cfg, caches, windows_[0]
+    return cfg, caches, window
 
 
 @pytest.mark.parametrize("prefill", ["windowed", "exact"])
@@ -467,6 +473,8 @@ def planned(config, layers, local_block_size=None, prefill="windowed", length=20
         pytest.param([([[16] * 128] * 8, 16)] * 8, {}, 1, id="lossless"),
         pytest.param([PLAIN] * 3 + [MORE] * 3 + [MOST] * 2, {}, 1, id="three-page-sizes"),
         pytest.param([PLAIN] * 4 + [MORE] * 4, {}, 1, id="two-page-sizes-balanced"),
+        pytest.param([PLAIN, MORE], {}, 1, id="two-layers"),
+        pytest.param([PLAIN, MORE, MOST], {}, 1, id="all-different"),
         pytest.param(
             [(bits(n, 0, 0), 4) for n in (0, 0, 0, 40, 128, 128, 90, 20)], {}, None, id="far-apart"
         ),

@@ -13,7 +13,9 @@ from fourier_vllm._json import RecipeError
 from fourier_vllm._text import show
 from fourier_vllm.calibration.collect import collect
 from fourier_vllm.calibration.model import fingerprint_of, load, max_tokens, model_name
-from fourier_vllm.calibration.statistics import LayerStatistics, distortion
+from fourier_vllm.calibration.progress import Progress
+from fourier_vllm.calibration.spend import spend
+from fourier_vllm.calibration.statistics import LayerStatistics
 from fourier_vllm.calibration.text import DOCUMENT_TOKENS, cut, read_text
 from fourier_vllm.calibration.weights import weight_recipe
 from fourier_vllm.inspection import ratio_of
@@ -21,6 +23,7 @@ from fourier_vllm.recipe import (
     DEFAULT_LOCAL_WINDOW,
     DEFAULT_PAGE_SIZE,
     DEFAULT_SINK_TOKENS,
+    FORMAT,
     TARGETS,
     ModelFingerprint,
     Provenance,
@@ -35,6 +38,7 @@ class Options:
     model: str
     text: Path | None = None
     target: str = "balanced"
+    bits: float | None = None
     page_size: int = DEFAULT_PAGE_SIZE
     local_window: int = DEFAULT_LOCAL_WINDOW
     sink_tokens: int = DEFAULT_SINK_TOKENS
@@ -49,16 +53,23 @@ def run(options: Options) -> int:
     name = model_name(options.model)
     output = options.output or Path(f"{name.split('/')[-1].lower()}-{options.target}.json")
     check_output(output)  # minutes before it is written
-    recipe = calibrate(options)
+    progress = output.expanduser().with_name(output.name + ".progress.npz")
+    recipe = calibrate(options, progress)
     recipe.save(output)
+    progress.unlink(missing_ok=True)
     kl, nll = recipe.provenance.kl, recipe.provenance.nll
     cost = "" if kl is None or nll is None else f", KL {kl:.4f} and NLL {nll:+.4f} nats a token"
     print(f"{output}: {ratio_of(recipe):.2f} times smaller{cost}")
     return 0
 
 
-def calibrate(options: Options) -> Recipe:
+def calibrate(options: Options, progress: Path) -> Recipe:
     """Measure a model on a text and spend the target's bytes.
+
+    Parameters
+    ----------
+    progress : Path
+        File that keeps what was measured so far; an interrupted run goes on from it.
 
     Raises
     ------
@@ -69,13 +80,22 @@ def calibrate(options: Options) -> Recipe:
     model, tokenizer = load(options.model)
     longest = min(DOCUMENT_TOKENS, max_tokens(model))
     documents = cut(tokenizer, text, options.tokens, options.page_size, longest)
-    statistics = collect(
-        model,
-        documents,
+    sizes = (
         options.page_size,
         TARGETS[options.target].coefficients(options.page_size),
         options.sink_tokens,
         options.local_window,
+    )
+    kept = Progress.resume(progress, model_name(options.model), sizes, documents=documents)
+    if kept.num_done:
+        print(f"going on from {progress}: {kept.num_done} of {len(documents)} documents done")
+    statistics = collect(
+        model,
+        documents,
+        *sizes,
+        done=kept.sums,
+        num_done=kept.num_done,
+        checkpoint=kept.save,
     )
     provenance = Provenance(
         source="calibrated",
@@ -108,21 +128,37 @@ def measured_recipe(
     RecipeError
         The statistics are of another shape than the model, or the target cannot be met.
     """
-    # The paper looks at how well a key is rebuilt, not at who reads it.
-    by_energy = options.target == "paper"
-    return weight_recipe(
-        fingerprint,
-        options.target,
-        [x.residual if by_energy else x.weight for x in statistics],
-        options.page_size,
-        options.local_window,
-        options.sink_tokens,
-        value_statistics=[x.value_residual for x in statistics],
-        distortion=distortion(statistics),
-        provenance=provenance,
-        # Ranks beyond the KV heads share them.
-        shards=min(options.tensor_parallel_size, fingerprint.num_kv_heads),
-    )
+    sizes = (options.page_size, options.local_window, options.sink_tokens)
+    aim = TARGETS[options.target]
+    ratio = 16 / options.bits if options.bits else aim.ratio
+    if ratio is None:
+        # The paper looks at how well a key is rebuilt, not at who reads it.
+        return weight_recipe(
+            fingerprint,
+            options.target,
+            [x.residual for x in statistics],
+            *sizes,
+            value_statistics=[x.value_residual for x in statistics],
+            provenance=provenance,
+        )
+    coefficients = aim.coefficients(options.page_size)
+    # Ranks beyond the KV heads share them.
+    shards = min(options.tensor_parallel_size, fingerprint.num_kv_heads)
+    data = {
+        "format": FORMAT,
+        "name": f"{options.bits:g} bits" if options.bits else options.target,
+        "model": fingerprint,
+        "page_size": options.page_size,
+        "sink_tokens": options.sink_tokens,
+        "local_window": options.local_window,
+        "coefficients": coefficients,
+        "coefficient_bits": aim.coefficient_bits,
+        "layers": spend(
+            statistics, ratio, options.page_size, coefficients, aim.coefficient_bits, shards
+        ),
+        "provenance": provenance,
+    }
+    return Recipe.from_dict(data, f"target {options.target}")
 
 
 def check_output(path: Path) -> None:

@@ -1,13 +1,14 @@
 """Runs a model over text and watches its attention: the statistics behind a recipe.
 
-The model gets an attention function of our own. It sees queries and keys after RoPE, adds to
-running sums and hands the work to SDPA, so memory does not grow with the text, and any family that
-`transformers` runs through its attention interface will do.
+The model gets an attention function of our own. It sees queries and keys after RoPE, hands the work to
+SDPA, and on the way back sees the gradient at the heads' outputs. Activations are recomputed layer by
+layer on the way back and only running sums are kept, so memory does not grow with the text, and any
+family that `transformers` runs through its attention interface will do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +24,11 @@ IMPLEMENTATION = "fourier_collect"
 MIN_DOCUMENT_PAGES = 4
 # Arguments of attention functions that SDPA would silently ignore.
 UNSUPPORTED = {"softcap": "attention logit soft caps", "s_aux": "learned attention sinks"}
+SEED = 0
+
+Checkpoint = Callable[[int, list[dict[str, Tensor]]], None]
 
 
-@torch.no_grad()
 def collect(
     model: Any,
     documents: Sequence[Tensor],
@@ -33,6 +36,9 @@ def collect(
     coefficients: int = 4,
     sink_tokens: int = DEFAULT_SINK_TOKENS,
     local_window: int = DEFAULT_LOCAL_WINDOW,
+    done: Sequence[Mapping[str, Tensor]] = (),
+    num_done: int = 0,
+    checkpoint: Checkpoint | None = None,
 ) -> list[LayerStatistics]:
     """Run the model over documents and measure its layers with full attention.
 
@@ -46,6 +52,10 @@ def collect(
         W and m.
     sink_tokens, local_window : int
         First and last tokens that attention reads raw.
+    done, num_done : sequence of mapping, int
+        Sums of an interrupted run, one per layer, and the documents they stand for.
+    checkpoint : callable, optional
+        Called after each document with the number of documents done and the sums.
 
     Returns
     -------
@@ -65,25 +75,46 @@ def collect(
             )
     sizes = (page_size, coefficients, min(sink_tokens, page_size), local_window)
     layers = {i: Sums(*sizes) for i in full_attention_layers(model)}
+    for layer, sums in zip(layers.values(), done, strict=False):
+        layer.sums = dict(sums)
     steps = len(documents) * len(layers)
     with (
-        tqdm(total=steps, desc="calibrate", unit="layer", disable=None) as bar,
+        tqdm(
+            total=steps,
+            initial=num_done * len(layers),
+            desc="calibrate",
+            unit="layer",
+            disable=None,
+        ) as bar,
         _watched(model, layers, bar),
     ):
-        for ids in documents:
-            # Without the head: logits of a whole document would be the largest tensor.
-            model.base_model(input_ids=ids[None].to(model.device), use_cache=False)
-    if not layers or not all(layer.sums for layer in layers.values()):
-        raise ValueError(
-            f"model {type(model).__name__} does not run its attention through the interface of"
-            " transformers: leave the option `recipe` out, the engine then derives one."
-        )
+        for i in range(num_done, len(documents)):
+            _backpropagate(model, documents[i].to(model.device), SEED + i)
+            if not layers or not all(layer.sums for layer in layers.values()):
+                raise ValueError(
+                    f"model {type(model).__name__} does not run its attention through the interface"
+                    " of transformers: leave the option `recipe` out, the engine then derives one."
+                )
+            if checkpoint is not None:
+                checkpoint(i + 1, [layer.sums for layer in layers.values()])
     return [layer.finish() for layer in layers.values()]
+
+
+def _backpropagate(model: Any, ids: Tensor, seed: int) -> None:
+    """Send back the log-likelihood of tokens drawn from the model's predictions for the later half."""
+    with torch.inference_mode(False), torch.enable_grad():
+        embedded = model.get_input_embeddings()(ids[None]).detach().requires_grad_()
+        predictions = len(ids) - len(ids) // 2
+        output = model(inputs_embeds=embedded, use_cache=False, logits_to_keep=predictions)
+        logp = output.logits[0].float().log_softmax(-1)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator)
+        logp.gather(1, drawn.to(logp.device)).sum().backward()
 
 
 @contextmanager
 def _watched(model: Any, layers: Mapping[int, Sums], bar: Any) -> Iterator[None]:
-    """Let the layers of `model` add to their sums."""
+    """Let the layers of `model` add to their sums on the way back, and keep no activations."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -99,18 +130,39 @@ def _watched(model: Any, layers: Mapping[int, Sums], bar: Any) -> Iterator[None]
         for name, feature in UNSUPPORTED.items():
             if options.get(name) is not None:
                 raise ValueError(f"{feature} are not supported: choose another model.")
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **options | {"dropout": 0.0}
+        )
         layer = layers.get(getattr(module, "layer_idx", -1))
-        if layer is not None:
+        if layer is not None and output.requires_grad:
             scaling = options.get("scaling") or key.shape[-1] ** -0.5
-            layer.add(query[0], key[0], value[0], scaling)
-            bar.update()
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+            q, k, v = query[0].detach(), key[0].detach(), value[0].detach()
+
+            def add(gradient: Tensor) -> None:  # [1, T, Hq, D]
+                layer.add(q, k, v, scaling, gradient[0].transpose(0, 1))
+                bar.update()
+
+            output.register_hook(add)
+        return output, None
 
     AttentionInterface.register(IMPLEMENTATION, attend)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
     before = model.config._attn_implementation
+    learning = [p for p in model.parameters() if p.requires_grad]
     model.set_attn_implementation(IMPLEMENTATION)
+    model.requires_grad_(False)
+    # Checkpointing works in training mode only; nothing is dropped.
+    training = [m for m in model.modules() if not isinstance(m, torch.nn.Dropout)]
+    if model.supports_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in training:
+            module.training = True
     try:
         yield
     finally:
+        if model.supports_gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        model.eval()
+        for parameter in learning:
+            parameter.requires_grad_()
         model.set_attn_implementation(before)

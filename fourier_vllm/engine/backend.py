@@ -24,11 +24,13 @@ from fourier_vllm.engine.platform import NAME
 from fourier_vllm.engine.recipes import (
     compressed_layers,
     engine_recipe,
+    id_bytes,
     layer_layout,
     num_local_groups,
 )
 from fourier_vllm.engine.refuse import WAY_OUT, check_config, check_layer
 from fourier_vllm.engine.specs import FourierLocalSpec, FourierPageSpec
+from fourier_vllm.kernels.cpu import decode as decode_cpu
 from fourier_vllm.kernels.reference import PageCodec
 from fourier_vllm.page import PAGE_ALIGNMENT
 
@@ -132,21 +134,19 @@ class FourierImpl(AttentionImpl):
             projections = read_projections(
                 self._ancestry, self.num_heads, self.num_kv_heads, self.head_size
             )
-        layout = layer_layout(
-            engine,
-            ordinal,
-            get_tensor_model_parallel_rank(),
-            get_tensor_model_parallel_world_size(),
-            dtype.itemsize,
-            projections,
-        )
-        if self.vllm_config.device_config.device.type != "cpu":
+        rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        layout = layer_layout(engine, ordinal, rank, world, dtype.itemsize, projections)
+        device = self.vllm_config.device_config.device
+        if device.type != "cpu":
             logger.warning_once(
                 "fourier: this version has no GPU kernels; attention runs in plain PyTorch, slowly."
             )
-        self.window = engine.window(layout.ratio)
-        self.codec = PageCodec(layout, dtype, self.vllm_config.device_config.device)
-        self.local = FourierLocalCache(layer, self._local_spec(layer, engine, layout))
+        pages_bytes = id_bytes(engine, world, layout)
+        self.window = engine.window(engine.fingerprint.num_layers * layout.raw_bytes / pages_bytes)
+        self.codec = PageCodec(layout, dtype, device)
+        if device.type == "cpu":
+            decode_cpu.warm_up(self.codec, dtype)
+        self.local = FourierLocalCache(layer, self._local_spec(layer, engine, pages_bytes))
         self.local_name = name + SUFFIX
         layers[self.local_name] = self.local
         layer.get_kv_cache_spec = partial(self._page_spec, layer)
@@ -163,9 +163,9 @@ class FourierImpl(AttentionImpl):
             state_content_bytes=self.codec.layout.page_bytes,
         )
 
-    def _local_spec(self, layer: Attention, engine: Any, layout: Any) -> FourierLocalSpec:
-        window = self.window
-        block_bytes = layout.raw_bytes // window.page_size * window.block_size
+    def _local_spec(self, layer: Attention, engine: Any, pages_bytes: int) -> FourierLocalSpec:
+        window, num_layers = self.window, engine.fingerprint.num_layers
+        block_bytes = self.codec.layout.raw_bytes // window.page_size * window.block_size
         return FourierLocalSpec(
             block_size=window.block_size,
             num_kv_heads=self.num_kv_heads,
@@ -175,12 +175,10 @@ class FourierImpl(AttentionImpl):
             page_size=window.page_size,
             local_window=window.local_window,
             num_pinned_blocks=window.num_pinned_blocks,
-            num_groups=num_local_groups(
-                engine.fingerprint.num_layers, layout.page_bytes, block_bytes
-            ),
+            num_groups=num_local_groups(num_layers, pages_bytes, block_bytes),
             exact_prefill=window.exact_prefill,
             label=f"{engine.target} ({engine.source})",
-            page_bytes=layout.page_bytes,
+            page_bytes=pages_bytes // num_layers,
         )
 
     def forward(

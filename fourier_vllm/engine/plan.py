@@ -53,6 +53,7 @@ class DecodeStep:
     page: torch.Tensor  # [P]
     row: torch.Tensor  # [P] which of the N rows a page belongs to
     slot: torch.Tensor  # [P] index of the page in its request
+    page_start: torch.Tensor  # [N + 1] where each request's pages begin
     max_pages: int
     block: torch.Tensor  # [N, B] raw blocks, pinned ones first
     raw_mask: torch.Tensor  # [N, B * block_size] bool, True where a token is read
@@ -215,7 +216,8 @@ def _plan_decode(
     local_table: torch.Tensor,
 ) -> DecodeStep:
     bs = window.block_size
-    page, row, slot = _page_ids(page_table, raw // window.page_size)
+    num_pages = raw // window.page_size
+    page, row, slot = _page_ids(page_table, num_pages)
     pinned = torch.arange(window.num_pinned_blocks, device=raw.device).expand(len(raw), -1)
     last = (seq_lens[:, None] - 1) // bs
     recent = raw[:, None] // bs
@@ -230,7 +232,8 @@ def _plan_decode(
         page=page,
         row=row,
         slot=slot,
-        max_pages=int(raw.max()) // window.page_size,
+        page_start=torch.nn.functional.pad(num_pages.cumsum(0), (1, 0)),
+        max_pages=int(num_pages.max()),
         block=local_table.gather(1, torch.minimum(index, last)).long(),
         raw_mask=mask.flatten(1),
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 from fourier_vllm.config import FourierConfig, Geometry
@@ -83,9 +85,10 @@ class EngineRecipe:
         )
 
 
-def num_local_groups(num_layers: int, page_bytes: int, block_bytes: int) -> int:
-    """Cache groups vLLM makes of the raw caches: as many layers in one as fit beside the pages."""
-    return -(-num_layers // max(num_layers * page_bytes // block_bytes, 1))
+def num_local_groups(num_layers: int, id_bytes: int, block_bytes: int) -> int:
+    """Cache groups vLLM makes of the raw caches: as many layers in one as fit into the `id_bytes` that
+    the pages of all layers take."""
+    return -(-num_layers // max(id_bytes // block_bytes, 1))
 
 
 def compressed_layers(model_config: Any) -> list[int]:
@@ -158,8 +161,8 @@ def layer_layout(
 ) -> PageLayout:
     """Pages of the `ordinal`-th compressed layer on one tensor-parallel rank.
 
-    Pages have one size in all layers and on all ranks: they share block ids, and the capacity that is
-    reported counts on it. Those of a recipe are padded to its largest layer and rank.
+    Pages of a layer have one size on all ranks. Without a recipe a rank sees only its own layers, one by
+    one, and pages have one size in all of them.
 
     Raises
     ------
@@ -168,7 +171,7 @@ def layer_layout(
     """
     if engine.recipe is not None:
         bits = _rank_recipe(engine.recipe, rank, world).layers[ordinal]
-        page_bytes = _largest_page(engine, world, itemsize)
+        page_bytes = page_sizes(engine, world, itemsize)[ordinal]
         return replace(engine.layout(bits, itemsize), page_bytes=page_bytes)
     if projections is None:
         raise ValueError(
@@ -184,18 +187,35 @@ def layer_layout(
     page_bytes = page_bytes_for(layout, engine.target)
     if TARGETS[engine.target].ratio is None:  # fixed counts of raw dims, not the same in all layers
         counts = target_recipe(engine.fingerprint, engine.target, engine.geometry.page_size)
-        page_bytes = _largest_page(replace(engine, recipe=counts), world, itemsize)
+        page_bytes = max(page_sizes(replace(engine, recipe=counts), world, itemsize))
     return replace(layout, page_bytes=max(layout.page_bytes, page_bytes))
 
 
 @lru_cache(maxsize=8)
-def _largest_page(engine: EngineRecipe, world: int, itemsize: int) -> int:
+def page_sizes(engine: EngineRecipe, world: int, itemsize: int) -> tuple[int, ...]:
+    """Bytes of a page in each layer of a recipe, enough for every rank.
+
+    vLLM takes layers of several page sizes, equally many of each, for a repeating pattern and would cut
+    the raw caches to match it; then one page is padded to the next size.
+    """
     assert engine.recipe is not None
-    return max(
-        engine.layout(bits, itemsize).page_bytes
-        for rank in range(world)
-        for bits in _rank_recipe(engine.recipe, rank, world).layers
-    )
+    ranks = [_rank_recipe(engine.recipe, rank, world).layers for rank in range(world)]
+    sizes = [
+        max(engine.layout(bits, itemsize).page_bytes for bits in of_layer)
+        for of_layer in zip(*ranks, strict=True)
+    ]
+    counts = Counter(sizes)
+    if len(counts) > 1 and len(set(counts.values())) == 1:
+        small, large = min(pairwise(sorted(counts)), key=lambda pair: pair[1] - pair[0])
+        sizes[sizes.index(small)] = large
+    return tuple(sizes)
+
+
+def id_bytes(engine: EngineRecipe, world: int, layout: PageLayout) -> int:
+    """Bytes of a block id: a page of every layer; `layout` is one of them."""
+    if engine.recipe is None:
+        return engine.fingerprint.num_layers * layout.page_bytes
+    return sum(page_sizes(engine, world, layout.itemsize))
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Runs a step of one layer in plain PyTorch: store, seal, attend, in this order over the whole batch.
+"""Runs a step of one layer on the reference codec: store, seal, attend, in this order over the batch.
 
 Prefix caching publishes a page in the step that computes its last token, so another request of the same
 batch may read it: everything is stored and sealed before anybody attends.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from fourier_vllm.engine.plan import Cells, StepPlan
+from fourier_vllm.engine.plan import Cells, DecodeStep, StepPlan
+from fourier_vllm.kernels.cpu import decode as decode_cpu
 from fourier_vllm.kernels.reference import PageCodec
 from fourier_vllm.kernels.reference_attention import decode_attention, prefill_attention
 
@@ -59,7 +60,6 @@ def run_step(
     local : torch.Tensor
         `[blocks, H, block_size, 2 * D]`, the local cache.
     """
-    H = k.shape[1]
     store(local, plan.store_cells, k[plan.store], v[plan.store])
     if plan.seal is not None:
         step = plan.seal
@@ -71,22 +71,9 @@ def run_step(
             v_page = torch.where(fresh, v_page, v_old.to(v.dtype))
         pages[step.page] = codec.seal(k_page, v_page, step.num_pinned)
     if plan.decode is not None:
-        d = plan.decode
-        k_raw, v_raw = load_blocks(local, d.block, d.raw_mask).chunk(2, -1)
-        out = decode_attention(
-            codec,
-            q[d.query].unflatten(1, (H, -1)),
-            pages.index_select(0, d.page),
-            d.row,
-            d.slot,
-            d.max_pages,
-            sink_tokens,
-            k_raw,
-            v_raw,
-            d.raw_mask,
-            scale,
-        )
-        output[d.query] = out.flatten(1, 2).to(output.dtype)
+        attend = _decode_on_cpu if pages.device.type == "cpu" else _decode
+        out = attend(codec, plan.decode, q, pages, local, scale, sink_tokens)
+        output[plan.decode.query] = out.flatten(1, 2).to(output.dtype)
     for p in plan.prefill:
         k_raw, v_raw = load(local, p.cells)
         k_page, v_page = (x.flatten(0, 1) for x in codec.reconstruct(pages.index_select(0, p.page)))
@@ -96,3 +83,51 @@ def run_step(
         output[chunk] = prefill_attention(
             q[chunk], k_context, v_context, k[chunk], v[chunk], scale
         ).to(output.dtype)
+
+
+def _decode_on_cpu(
+    codec: PageCodec,
+    step: DecodeStep,
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    local: torch.Tensor,
+    scale: float,
+    sink_tokens: int,
+) -> torch.Tensor:
+    return decode_cpu.decode_attention(
+        codec,
+        q[step.query].unflatten(1, (local.shape[1], -1)),
+        pages,
+        step.page,
+        step.page_start,
+        sink_tokens,
+        local,
+        step.block,
+        step.raw_mask,
+        scale,
+    )
+
+
+def _decode(
+    codec: PageCodec,
+    step: DecodeStep,
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    local: torch.Tensor,
+    scale: float,
+    sink_tokens: int,
+) -> torch.Tensor:
+    k_raw, v_raw = load_blocks(local, step.block, step.raw_mask).chunk(2, -1)
+    return decode_attention(
+        codec,
+        q[step.query].unflatten(1, (local.shape[1], -1)),
+        pages.index_select(0, step.page),
+        step.row,
+        step.slot,
+        step.max_pages,
+        sink_tokens,
+        k_raw,
+        v_raw,
+        step.raw_mask,
+        scale,
+    )

@@ -45,7 +45,7 @@ class FourierLocalSpec(SlidingWindowSpec):
     num_pinned_blocks: int
     exact_prefill: bool
     label: str
-    page_bytes: int
+    page_bytes: int  # of a layer on average, for the report
     num_groups: int = 1  # cache groups that vLLM splits the raw caches of all layers into
 
     @classmethod
