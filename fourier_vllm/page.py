@@ -8,7 +8,7 @@ channel codec (K always; V in the `paper` recipe)
     coef        [H, m, D]      int8, or model dtype   spectral coefficients, DCT-II over the W tokens
     coef_scale  [H, m]         fp16                   only with 8-bit coefficients
     raw         [R, W]         model dtype            dims kept as they are
-    codes       [W/4, N]       uint8, 2-bit codes     residual codes of the C coded dims
+    codes       [N, W/4]       uint8, 2-bit codes     residual codes of the C coded dims
     scale, zero [C]            fp16                   per coded dim
 token codec (V otherwise), after an orthonormal rotation of the head's D dims when b < 16
     codes       [b/2, H, W/4, D]  uint8, 2-bit codes  3 bits: one such plane and `high`
@@ -121,7 +121,7 @@ class ChannelPlanes:
             coef=packer.take(f"{name}.coef", (H, m, D), 1 if coef_bits == 8 else itemsize),
             coef_scale=packer.take(f"{name}.coef_scale", (H, m), 2) if coef_bits == 8 else None,
             raw=packer.take(f"{name}.raw", (len(raw), W), itemsize),
-            codes=packer.take(f"{name}.codes", (W * CODE_BITS // 8, num_columns), 1),
+            codes=packer.take(f"{name}.codes", (num_columns, W * CODE_BITS // 8), 1),
             scale=packer.take(f"{name}.scale", (len(coded),), 2),
             zero=packer.take(f"{name}.zero", (len(coded),), 2),
         )

@@ -83,7 +83,7 @@ class Target(NamedTuple):
     ratio : float or None
         Raw 16-bit bytes of a page over bytes of the sealed page; None where no budget rules.
     v_bits : int or None
-        Bits of V's token codec; None where V uses the channel codec.
+        Bits of V's token codec where no calibration says better; None where V uses the channel codec.
     coefficient_share : float
         Spectral coefficients of a page over its tokens.
     coefficient_bits : int
@@ -104,9 +104,9 @@ class Target(NamedTuple):
 
 
 TARGETS: dict[str, Target] = {
-    "quality": Target(4.5, 3, 1 / 32, 8, "4.5 times smaller, V at 3 bits"),
-    "balanced": Target(6.3, 2, 1 / 32, 8, "6.3 times smaller, V at 2 bits"),
-    "compact": Target(7.5, 2, 1 / 32, 8, "7.5 times smaller, V at 2 bits"),
+    "quality": Target(4.5, 3, 1 / 32, 8, "4.5 times smaller"),
+    "balanced": Target(6.3, 2, 1 / 32, 8, "6.3 times smaller"),
+    "compact": Target(7.5, 2, 1 / 32, 8, "7.5 times smaller"),
     "paper": Target(None, None, 1 / 8, 16, "FourierAttention: 24 % of the dims raw, the rest low"),
     "lossless": Target(None, 16, 0.0, 16, "every dim raw, for tests: nothing is saved"),
 }

@@ -21,22 +21,22 @@ def read_plane(pages: torch.Tensor, plane: Plane, dtype: torch.dtype) -> torch.T
     return pages.view(dtype)[:, start : start + size].view(pages.shape[0], *plane.shape)
 
 
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack uint8 codes `[..., n, c]` of 1 or 2 bits along their n tokens, `[..., n*bits/8, c]`.
+def pack(codes: torch.Tensor, bits: int, dim: int = -2) -> torch.Tensor:
+    """Pack uint8 codes of 1 or 2 bits along their n tokens at `dim` (-1 or -2), n * bits / 8 bytes.
 
-    Of s = n*bits/8 bytes, byte j holds the codes of tokens j, j + s, j + 2s, ..., lowest bits first.
+    Of s = n * bits / 8 bytes, byte j holds the codes of tokens j, j + s, j + 2s, ..., lowest bits first.
     """
-    runs = codes.unflatten(-2, (8 // bits, -1))
+    runs = codes.unflatten(dim, (8 // bits, -1))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return (runs << shifts[:, None, None]).sum(-3, dtype=torch.uint8)
+    return (runs << shifts.view(-1, *[1] * -dim)).sum(dim - 1, dtype=torch.uint8)
 
 
-def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+def unpack(packed: torch.Tensor, bits: int, dim: int = -2) -> torch.Tensor:
     """Inverse of `pack`, as floats."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    runs = packed.unsqueeze(-3) >> shifts[:, None, None]
+    runs = packed.unsqueeze(dim - 1) >> shifts.view(-1, *[1] * -dim)
     runs &= (1 << bits) - 1
-    return runs.flatten(-3, -2).float()
+    return runs.flatten(dim - 1, dim).float()
 
 
 def step_of(scale: torch.Tensor) -> torch.Tensor:
@@ -132,9 +132,10 @@ class ChannelCodec:
         read_plane(pages, planes.coef, self.coef_dtype)[:] = coef
         low = self._coefficients(pages).transpose(2, 3).reshape(P, H * D, m) @ self.basis
         codes, scale, zero = quantize((y - low)[:, self.coded], self.bits)
-        columns = codes.transpose(1, 2)[..., self.column_coded]  # [P, W, N]
-        columns = (columns >> (2 * self.column_level).byte()) & 3
-        read_plane(pages, planes.codes, torch.uint8)[:] = pack(columns, 2)
+        columns = (
+            codes[:, self.column_coded] >> (2 * self.column_level).byte()[:, None]
+        )  # [P, N, W]
+        read_plane(pages, planes.codes, torch.uint8)[:] = pack(columns & 3, 2, dim=-1)
         read_plane(pages, planes.scale, torch.float16)[:] = scale
         read_plane(pages, planes.zero, torch.float16)[:] = zero
 
@@ -152,8 +153,8 @@ class ChannelCodec:
         return scale[:, None], read_plane(pages, planes.zero, torch.float16).float()[:, None]
 
     def _columns(self, pages: torch.Tensor) -> torch.Tensor:
-        """Columns of codes `[P, W, N]` as floats."""
-        return unpack(read_plane(pages, self.planes.codes, torch.uint8), 2)
+        """Columns of codes `[P, N, W]` as floats."""
+        return unpack(read_plane(pages, self.planes.codes, torch.uint8), 2, dim=-1)
 
     def reconstruct(self, pages: torch.Tensor) -> torch.Tensor:
         """Rebuild the tensor, `[P, W, H, D]` float32, dim by dim as the format defines it."""
@@ -161,8 +162,8 @@ class ChannelCodec:
         y = self._coefficients(pages).transpose(2, 3).flatten(1, 2) @ self.basis  # [P, H*D, W]
         scale, zero = self._scale_and_zero(pages)
         residual = y.new_zeros(P, len(self.coded), W)
-        weighted = self._columns(pages) * self.column_weight
-        residual.index_add_(1, self.column_coded, weighted.transpose(1, 2))
+        weighted = self._columns(pages) * self.column_weight[:, None]
+        residual.index_add_(1, self.column_coded, weighted)
         y[:, self.coded] += residual * scale.transpose(1, 2) + zero.transpose(1, 2)
         y[:, self.raw] = read_plane(pages, self.planes.raw, self.dtype).float()
         return y.unflatten(1, (self.layout.num_kv_heads, -1)).permute(0, 3, 1, 2)
@@ -190,7 +191,7 @@ class ChannelCodec:
         scale, zero = self._scale_and_zero(pages)
         q_columns = (q[..., self.column_dim] * self.owns_column).flatten(1, 2)  # [B, H*G, N]
         weight = scale[..., self.column_coded] * self.column_weight  # [P, 1, N]
-        s = (of_pages(q_columns) * weight) @ self._columns(pages).transpose(1, 2)  # [P, H*G, W]
+        s = (of_pages(q_columns) * weight) @ self._columns(pages)  # [P, H*G, W]
         q_coded = (q[..., self.coded_dim] * self.owns_coded).flatten(1, 2)  # [B, H*G, C]
         s += of_pages(q_coded) @ zero.transpose(1, 2)
         if len(self.raw):
@@ -205,7 +206,7 @@ class ChannelCodec:
         H, G = p.shape[1:3]
         flat = p.flatten(1, 2)  # [P, H*G, W]
         scale, zero = self._scale_and_zero(pages)
-        sums = flat @ self._columns(pages) * self.column_weight  # [P, H*G, N]
+        sums = flat @ self._columns(pages).transpose(1, 2) * self.column_weight  # [P, H*G, N]
         coded = sums.new_zeros(*sums.shape[:2], len(self.coded))
         coded.index_add_(2, self.column_coded, sums)
         coded = coded * scale + flat.sum(-1)[..., None] * zero

@@ -94,7 +94,7 @@ def _channel(layout: Any, planes: Any, raw: np.ndarray, dtype: torch.dtype) -> t
     low = scipy.fft.idct(padded, axis=1, norm="ortho").transpose(1, 0, 2)  # [W, H, D]
     x, step = low.copy(), np.zeros((H, D))
     scale, zero = (_plane(raw, p, torch.float16) for p in (planes.scale, planes.zero))
-    columns = iter(unpack(_plane(raw, planes.codes, torch.uint8), 2).T)
+    columns = iter(unpack(_plane(raw, planes.codes, torch.uint8).T, 2).T)
     for i, (row, bits) in enumerate(zip(planes.coded_dims, planes.coded_bits, strict=True)):
         h, d = divmod(row, D)
         codes = sum(next(columns) * 4**level for level in range(bits // 2))

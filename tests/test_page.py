@@ -112,7 +112,7 @@ def test_every_dim_is_stored_once(made):
         order = [(i // D, -b, i) for i, b in zip(planes.coded_dims, planes.coded_bits, strict=True)]
         assert order == sorted(order), "by head, then bits, most first, then dim"
         columns = planes.columns()
-        assert len(columns) == planes.codes.shape[1]
+        assert len(columns) == planes.codes.shape[0]
         expected = [(i, n) for i, b in enumerate(planes.coded_bits) for n in range(b // 2)]
         assert columns == expected, "the levels of a dim lie together, lowest first"
 

@@ -117,6 +117,9 @@ def test_pack_follows_the_documented_order(bits):
         assert np.array_equal(packed[:, j].numpy(), sum(runs))
     assert np.array_equal(unpack(packed, bits).numpy(), codes)
     assert np.array_equal(numerics.unpack(packed.numpy(), bits), codes)
+    along_last = torch.from_numpy(codes).mT.contiguous()
+    assert torch.equal(pack(along_last, bits, dim=-1), packed.mT)
+    assert torch.equal(unpack(packed.mT.contiguous(), bits, dim=-1).byte(), along_last)
 
 
 def check_page(codec: PageCodec, k: torch.Tensor, v: torch.Tensor) -> None:

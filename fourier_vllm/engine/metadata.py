@@ -10,6 +10,8 @@ from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilde
 
 from fourier_vllm.engine.plan import StepPlan, Window, make_plan
 
+MADE = "_fourier_metadata"
+
 
 @dataclass
 class FourierMetadata(AttentionMetadata):
@@ -58,15 +60,21 @@ class FourierMetadataBuilder(AttentionMetadataBuilder[FourierMetadata]):
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> FourierMetadata:
         common = common_attn_metadata
+        # Layers of one group with pages of different sizes have builders of their own.
+        made: FourierMetadata | None = getattr(common, MADE, None)
+        if made is not None:
+            return made
         N = common.num_reqs
         seq_lens = common.seq_lens[:N]
         is_prefilling = common.is_prefilling
         if is_prefilling is None:
             is_prefilling = torch.zeros(N, dtype=torch.bool)
-        return FourierMetadata(
+        made = FourierMetadata(
             query_start_loc=common.query_start_loc[: N + 1],
             seq_lens=seq_lens,
             is_prefilling=is_prefilling[:N].to(seq_lens.device),
             block_table=common.block_table_tensor[:N],
             slot_mapping=common.slot_mapping,
         )
+        setattr(common, MADE, made)
+        return made

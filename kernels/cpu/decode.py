@@ -6,143 +6,19 @@ one request. Loops run over contiguous bytes, so that LLVM makes vector code of 
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 
-from fourier_vllm.kernels.cpu.channel import channel_combine, channel_scores
-from fourier_vllm.kernels.cpu.layout import Channel, Token, numbers
-from fourier_vllm.kernels.cpu.memory import FLOAT32, KINDS, Row, Views, jit, load, new_row, views_of
-from fourier_vllm.kernels.cpu.token import token_combine
+from fourier_vllm.kernels.cpu.compiled import attend
+from fourier_vllm.kernels.cpu.layout import KINDS, numbers, views_of
 from fourier_vllm.kernels.reference import PageCodec
 
-
-@jit
-def _load_blocks(
-    local: Views, block: np.ndarray, start: int, count: int, kind: int, cells: Row
-) -> None:
-    """`count` numbers from element `start` of every block, one block after the other."""
-    itemsize = 4 if kind == FLOAT32 else 2
-    for b in range(len(block)):
-        part = Row(
-            cells.bits[b * count : (b + 1) * count], cells.values[b * count : (b + 1) * count]
-        )
-        load(local, block[b] * local.stride + start * itemsize, count, kind, part)
-
-
-@jit
-def _exponentiate(s: np.ndarray, top: np.float32) -> np.float32:
-    """Scores to exp(score - top) in place; their sum."""
-    total = np.float32(0.0)
-    for t in range(len(s)):
-        s[t] = np.exp(s[t] - top)
-        total += s[t]
-    return total
-
-
-@jit
-def _attend(
-    k: Channel,
-    v_channel: Channel,
-    v_token: Token,
-    pages: Views,
-    local: Views,
-    page: np.ndarray,
-    block: np.ndarray,
-    mask: np.ndarray,
-    H: int,
-    head: int,
-    kind: int,
-    sink_tokens: int,
-    q: np.ndarray,
-    out: np.ndarray,
-) -> None:
-    """One KV head of one request: `q [G, D]`, `out [2, G, D]` from pages and from raw tokens."""
-    G, D = q.shape
-    W = k.basis.shape[1]
-    P, T = len(page), len(mask)
-    block_size = T // len(block)
-    s, s_raw = np.empty((P, G, W), np.float32), np.empty((G, T), np.float32)
-    for i in range(P):
-        channel_scores(k, pages, page[i] * pages.stride, head, kind, q, s[i])
-    if P:
-        s[0, :, :sink_tokens] = -np.inf
-    cells = new_row(T * 2 * D)
-    raw = cells.values.reshape(T, 2 * D)
-    _load_blocks(local, block, head * block_size * 2 * D, block_size * 2 * D, kind, cells)
-    for t in range(T):
-        if not mask[t]:  # anything, NaN included
-            raw[t] = 0.0
-        for g in range(G):
-            dot = np.float32(0.0)
-            for d in range(D):
-                dot += q[g, d] * raw[t, d]
-            s_raw[g, t] = dot if mask[t] else -np.inf
-    for g in range(G):
-        top = s_raw[g].max()
-        for i in range(P):
-            top = max(top, s[i, g].max())
-        total = _exponentiate(s_raw[g], top)
-        for i in range(P):
-            total += _exponentiate(s[i, g], top)
-        s_raw[g] /= total
-        for i in range(P):
-            s[i, g] /= total
-    out[:] = 0.0
-    for i in range(P):
-        first = page[i] * pages.stride
-        if v_token.bits:
-            token_combine(v_token, pages, first, head, H, kind, s[i], out[0])
-        else:
-            channel_combine(v_channel, pages, first, head, kind, s[i], out[0])
-    for t in range(T):
-        for g in range(G):
-            weight = s_raw[g, t]
-            for d in range(D):
-                out[1, g, d] += weight * raw[t, D + d]
-
-
-@jit
-def _attend_all(
-    k: Channel,
-    v_channel: Channel,
-    v_token: Token,
-    pages: Views,
-    local: Views,
-    page: np.ndarray,
-    page_start: np.ndarray,
-    block: np.ndarray,
-    mask: np.ndarray,
-    kind: int,
-    sink_tokens: int,
-    q: np.ndarray,
-    out: np.ndarray,
-    first: int,
-    last: int,
-) -> None:
-    """Work items `first` to `last` of N requests times H heads."""
-    H = q.shape[1]
-    for item in range(first, last):
-        n, head = item // H, item % H
-        _attend(
-            k,
-            v_channel,
-            v_token,
-            pages,
-            local,
-            page[page_start[n] : page_start[n + 1]],
-            block[n],
-            mask[n],
-            H,
-            head,
-            kind,
-            sink_tokens,
-            q[n, head],
-            out[n, head],
-        )
+CORES = os.sched_getaffinity(0)
+MIN_ITEMS = 4  # of a thread: starting one costs about as much as a short item
 
 
 def decode_attention(
@@ -199,14 +75,13 @@ def decode_attention(
         (q.float() * scale).contiguous().numpy(),
         out.numpy(),
     )
-    items, threads = N * H, min(torch.get_num_threads(), N * H)
-    if threads == 1:
-        _attend_all(*arguments, 0, items)
+    items = N * H
+    threads = min(torch.get_num_threads(), items // MIN_ITEMS)
+    if threads <= 1:
+        attend(*arguments, 0, items)
     else:
         bounds = [items * i // threads for i in range(threads + 1)]
-        list(
-            _pool(threads).map(lambda a, b: _attend_all(*arguments, a, b), bounds[:-1], bounds[1:])
-        )
+        list(_pool(threads).map(lambda a, b: attend(*arguments, a, b), bounds[:-1], bounds[1:]))
     return codec.v.finish(out[:, :, 0]) + out[:, :, 1]
 
 
@@ -230,4 +105,5 @@ def warm_up(codec: PageCodec, dtype: torch.dtype) -> None:
 
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
+    # vLLM binds the thread that starts these to one core, and they would inherit that.
+    return ThreadPoolExecutor(threads, initializer=os.sched_setaffinity, initargs=(0, CORES))

@@ -6,10 +6,30 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from fourier_vllm.kernels.basis import dct_basis
 from fourier_vllm.kernels.reference import PageCodec
 from fourier_vllm.page import ChannelPlanes, PageLayout, TokenPlanes
+
+FLOAT32, FLOAT16, BFLOAT16 = range(3)
+KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+
+
+class Row(NamedTuple):
+    """Scratch for one row of numbers: the same memory as bits and as float32."""
+
+    bits: np.ndarray
+    values: np.ndarray
+
+
+class Views(NamedTuple):
+    """One cache, flat, as numbers of each width over the same memory; `stride` bytes a block."""
+
+    u8: np.ndarray
+    u16: np.ndarray
+    f32: np.ndarray
+    stride: int
 
 
 class Channel(NamedTuple):
@@ -91,4 +111,16 @@ def _token(planes: TokenPlanes) -> Token:
         offset(planes.high),
         offset(planes.scale),
         offset(planes.zero),
+    )
+
+
+def views_of(cache: torch.Tensor) -> Views:
+    """`cache [blocks, bytes]` uint8, blocks any multiple of 4 bytes apart."""
+    stride = cache.stride(0)
+    flat = cache.as_strided(((len(cache) - 1) * stride + cache.shape[1],), (1,))
+    return Views(
+        flat.numpy(),
+        flat.view(torch.int16).numpy().view(np.uint16),
+        flat.view(torch.float32).numpy(),
+        stride,
     )
