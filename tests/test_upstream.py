@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import sys
 import textwrap
 
 import pytest
@@ -42,6 +43,7 @@ from fourier_vllm.engine.backend import FourierBackend, FourierImpl
 from fourier_vllm.engine.local_cache import SUFFIX, FourierLocalCache
 from fourier_vllm.engine.managers import FourierLocalManager, FourierPageManager
 from fourier_vllm.engine.plan import Window
+from fourier_vllm.engine.platform import SCAN_BREAKER, install
 from fourier_vllm.engine.specs import FourierLocalSpec, FourierPageSpec
 from tests.scheduling import local_spec, page_spec
 
@@ -319,6 +321,19 @@ def test_the_two_platform_hooks():
     names = ["selected_backend", "attn_selector_config"]
     assert parameters(Platform.get_attn_backend_cls)[:2] == names
     assert parameters(CpuPlatform.get_attn_backend_cls)[:2] == names
+
+
+def test_the_kernel_scan_still_needs_numba_hidden():
+    """Where this fails, `platform._wrap_kernel_scan` can go."""
+    import numba  # noqa: F401
+    from vllm.triton_utils import dispatcher
+
+    scan = dispatcher._rebind_kernels
+    with pytest.raises(AttributeError, match="has no attribute 'get'"):
+        scan([])
+    install()
+    CpuPlatform.register_triton_kernel_overrides()
+    assert SCAN_BREAKER in sys.modules
 
 
 def test_selector_fields_are_validation_arguments():

@@ -1,16 +1,20 @@
 """Makes the name FOURIER selectable, and the CPU platform honour the choice.
 
 The one place where vLLM's classes are patched: `get_attn_backend_cls` of the CPU platform (it ignores
-every selection but CPU_ATTN) and `check_and_update_config` of the platform in use (so that what cannot
-work is refused in the user's own process, before anything is spawned or loaded). Both pass straight
-through unless FOURIER is selected; tests/test_upstream.py fails when upstream moves.
+every selection but CPU_ATTN), `check_and_update_config` of the platform in use (so that what cannot work
+is refused in the user's own process, before anything is spawned or loaded), and the CPU platform's
+`register_triton_kernel_overrides` (it looks into every loaded module and stumbles over one of numba's).
+All pass straight through unless FOURIER is selected or numba is loaded; tests/test_upstream.py fails when
+upstream moves.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 NAME = "FOURIER"
+SCAN_BREAKER = "llvmlite.binding.ffi"
 BACKEND_PATH = "fourier_vllm.engine.backend.FourierBackend"
 
 
@@ -45,6 +49,7 @@ def install() -> None:
     _wrap_config_check(platform)
     if current_platform.is_cpu():
         _wrap_cpu_selection(platform)
+        _wrap_kernel_scan(platform)
     platform._fourier_installed = True
 
 
@@ -59,6 +64,21 @@ def _wrap_config_check(platform: Any) -> None:
         original(cls, vllm_config)
 
     platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _wrap_kernel_scan(platform: Any) -> None:
+    original = platform.register_triton_kernel_overrides.__func__
+
+    def register_triton_kernel_overrides(cls: Any) -> None:
+        # An object in there makes up a C function for every attribute it is asked for.
+        hidden = sys.modules.pop(SCAN_BREAKER, None)
+        try:
+            original(cls)
+        finally:
+            if hidden is not None:
+                sys.modules[SCAN_BREAKER] = hidden
+
+    platform.register_triton_kernel_overrides = classmethod(register_triton_kernel_overrides)
 
 
 def _wrap_cpu_selection(platform: Any) -> None:
