@@ -1,0 +1,104 @@
+"""The table of an evaluation, made from its JSON and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fourier_vllm.evaluation import results
+
+Row = Mapping[str, Any]
+
+
+def write(data: Mapping[str, Any], out: Path) -> str:
+    """Write `results.md` and, where matplotlib is installed, the plots; returns the text.
+
+    Raises
+    ------
+    ValueError
+        The folder cannot be written.
+    """
+    text = markdown(data)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.md").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"--out cannot be written ({error.strerror or type(error).__name__}): give a folder"
+            " that can."
+        ) from None
+    try:
+        from fourier_vllm.evaluation.plots import draw
+    except ImportError:
+        return f"{text}\n\nNo plots: install matplotlib and run `fourier-vllm report` again."
+    draw(data, out)
+    return text
+
+
+def report(file: Path, out: Path | None) -> int:
+    """`fourier-vllm report`: the table and the plots again; returns the exit code."""
+    data = results.load(file)
+    print(write(data, out or file.parent))
+    return 0
+
+
+def markdown(data: Mapping[str, Any]) -> str:
+    """Where the numbers come from, and one line a format."""
+    rows: Sequence[Row] = data["rows"]
+    columns = [("format", lambda row: f"`{row['name']}`"), *_sizes(), *_tasks(rows)]
+    head = [name for name, _ in columns]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines += [[cell(row) for _, cell in columns] for row in rows]
+    return "\n".join([caption(data), "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def caption(data: Mapping[str, Any]) -> str:
+    """Model, contexts, and what was measured with."""
+    settings, machine = data["settings"], data.get("machine", {})
+    versions = [f"{name} {version}" for name, version in data.get("versions", {}).items()]
+    return (
+        f"{data['model']}, {data['documents_done']} documents ({settings['text']}), contexts of"
+        f" {settings['context']} tokens of which {settings['start']} to {settings['end']} are"
+        f" compressed, seed {settings['seed']}, {settings['dtype']} on {machine.get('device')};"
+        f" {', '.join(versions)}{', commit ' + data['commit'] if data.get('commit') else ''}."
+    )
+
+
+def _sizes() -> list[tuple[str, Callable[[Row], str]]]:
+    def ratio(row: Row) -> str:
+        return "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
+
+    return [("bits", lambda row: f"{row['bits']:.2f}"), ("smaller by", ratio)]
+
+
+def _tasks(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+    """Columns of the tasks that were run."""
+    exact, columns = rows[0]["tasks"], []
+    if "nll" in exact:
+        base = exact["nll"]["nll"]
+        columns += [
+            ("KL", lambda row: f"{row['tasks']['nll']['kl']:.4f}"),
+            ("NLL", lambda row: f"{row['tasks']['nll']['nll'] - base:+.4f}"),
+        ]
+    for task in exact:
+        if "right" in exact[task]:
+            columns += [(task, _right(task)), (f"{task} log p", _mean(task, "logp", ".3f"))]
+    if "agreement" in exact:
+        columns += [
+            ("agreement", _mean("agreement", "same", ".3f")),
+            ("common prefix", _mean("agreement", "prefix", ".0f")),
+        ]
+    return columns
+
+
+def _right(task: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        answers = row["samples"]["tasks"][task]["right"]
+        return f"{sum(answers):.0f}/{len(answers)}"
+
+    return cell
+
+
+def _mean(task: str, metric: str, form: str) -> Callable[[Row], str]:
+    return lambda row: format(row["tasks"][task][metric], form)
