@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ matplotlib.use("agg")
 
 from matplotlib import pyplot as plt
 
-OURS, THEIRS = "#d62728", "#7f7f7f"
-MARKERS = "osDv^P*"
+OURS, NONE = "#d62728", "#7f7f7f"
+THEIRS = ("#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#17becf", "#bcbd22", "#e377c2")  # no red
+MARKERS = "sDv^P*X"
 SUFFIXES = ("png", "svg")
 # Task, metric, label, whether smaller is better and the axis logarithmic.
 PLOTS = (
@@ -55,7 +57,7 @@ def lines(axes: Any, rows: Sequence[Mapping[str, Any]], task: str, metric: str, 
         families.setdefault(row["family"], []).append(row)
     if log:
         axes.set_yscale("log")
-    markers = iter(MARKERS * len(families))
+    styles = itertools.cycle(zip(THEIRS, MARKERS, strict=True))
     for family, members in families.items():
         points = sorted((row["bits"], row["tasks"][task][metric], row["name"]) for row in members)
         if log:  # exact has no divergence from itself
@@ -63,17 +65,18 @@ def lines(axes: Any, rows: Sequence[Mapping[str, Any]], task: str, metric: str, 
         if not points:
             continue
         if points[0][0] == 0 or family == "exact":
-            axes.axhline(points[0][1], color=THEIRS, linestyle=":", label=family)
+            axes.axhline(points[0][1], color=NONE, linestyle=":", label=family)
             continue
         ours = family == "fourier"
+        color, marker = (OURS, "o") if ours else next(styles)
         axes.plot(
             [bits for bits, _, _ in points],
             [value for _, value, _ in points],
-            marker=next(markers),
-            color=OURS if ours else None,
+            marker=marker,
+            color=color,
             linewidth=2.5 if ours else 1,
             zorder=3 if ours else 2,
-            label=family,
+            label="ours" if ours else family,
         )
         for bits, value, name in points:
             axes.annotate(name, (bits, value), (4, 4), textcoords="offset points", fontsize=7)

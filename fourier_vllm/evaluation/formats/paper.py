@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fourier_vllm.evaluation.formats.base import RAW_BITS, Held, bits_per_value
+from fourier_vllm.kernels.reference import FP16_MAX
 from fourier_vllm.recipe import ModelFingerprint
 
 STATES_SHARE = 1 / 32  # coefficients a token of the window: 1024 at 32k in the paper
@@ -66,8 +67,7 @@ def truncate(x: Tensor, low_passed: int, states: int) -> Tensor:
     H, n, D = x.shape
     y = x.float().transpose(0, 1).reshape(n, H * D).clone()
     basis = fourier_basis(n, states).to(x.device)
-    limit = torch.finfo(torch.float16).max
-    coefficients = (basis @ y).clamp(-limit, limit).half().float()  # [states, H * D]
+    coefficients = (basis @ y).clamp(-FP16_MAX, FP16_MAX).half().float()  # [states, H * D]
     low = basis.T @ coefficients
     least = (y - low).square().mean(0).argsort()[:low_passed]
     y[:, least] = low[:, least]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fourier_vllm.evaluation.formats.base import RAW_BITS, Held, bits_per_value
 from fourier_vllm.kernels.basis import rotation
+from fourier_vllm.kernels.reference import FP16_MAX
 from fourier_vllm.recipe import ModelFingerprint
 
 GRID = 20001
@@ -41,7 +42,7 @@ def through_codebook(x: Tensor, bits: int) -> Tensor:
     D = x.shape[-1]
     book = codebook(D, bits).to(x.device)
     turn = signed_rotation(D).to(x.device)
-    norm = x.float().norm(dim=-1, keepdim=True).half().float()
+    norm = x.float().norm(dim=-1, keepdim=True).clamp_max(FP16_MAX).half().float()
     unit = (x.float() / norm.clamp_min(1e-12)) @ turn
     codes = torch.bucketize(unit, (book[1:] + book[:-1]) / 2)
     return ((book[codes] @ turn.T) * norm).to(x.dtype)

@@ -6,6 +6,7 @@ asked. Every needle lies in the part that is compressed.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from fourier_vllm.evaluation.session import Session
 from fourier_vllm.evaluation.tasks.base import Metrics, Source
 
 BREAK = re.compile(r"\n|(?<=[.!?]) ")  # where a sentence may be put between two others
-MARGIN = 0.02  # of the middle, at both ends: places are estimated from characters
+MARGIN = 0.01  # of the middle, at both ends
 MAX_NEEDLES = len(WORDS)
 EXTRA_TOKENS = 8  # generated beyond the answer's own, for another spelling of it
 
@@ -31,7 +32,8 @@ def hide(source: Source, sentences: Sequence[str]) -> list[int]:
         The document is too short, has no room between its lines, or the sentences take too much.
     """
     rng, encode = source.rng(), source.encode
-    room = source.context - len(source.first) - sum(len(encode(f"{s}\n")) + 2 for s in sentences)
+    sizes = [len(encode(f"{sentence}\n")) + 1 for sentence in sentences]
+    room = source.context - len(source.first) - sum(sizes)
     ids = encode(source.document)
     if len(ids) < room or room < source.context // 2:
         raise ValueError(
@@ -40,24 +42,33 @@ def hide(source: Source, sentences: Sequence[str]) -> list[int]:
             " --context."
         )
     body = source.decode(ids[:room])
-    low, high = (place / source.context * len(body) for place in source.middle)
-    low, high = low + MARGIN * (high - low), high - MARGIN * (high - low)
     breaks = [found.end() for found in BREAK.finditer(body)]
-    places = []
-    for i in range(len(sentences)):
+    # Tokens before each break, but for tokens that would span one.
+    pieces = (body[start:end] for start, end in itertools.pairwise([0, *breaks]))
+    tokens = list(itertools.accumulate(len(encode(piece)) for piece in pieces))
+    low, high = source.middle
+    margin = round(MARGIN * (high - low))
+    step = (high - low - 2 * margin) / len(sentences)
+    places, before = [], len(source.first)
+    for i, size in enumerate(sizes):
         # A stratum each: needles at every depth, whatever the seed.
-        start, end = (low + (high - low) * j / len(sentences) for j in (i, i + 1))
-        inside = [place for place in breaks if start <= place < end]
+        start = low + margin + i * step
+        inside = [
+            place
+            for place, n in zip(breaks, tokens, strict=True)
+            if start <= n + before <= start + step - size
+        ]
         if not inside:
             raise ValueError(
                 "a document has no line or sentence end where a needle should go: give other files"
-                " to --text, or fewer --questions."
+                " to --text, fewer --questions or a larger --context."
             )
         places.append(rng.choice(inside))
+        before += size
     for place, sentence in reversed(list(zip(places, sentences, strict=True))):
         body = body[:place] + sentence + body[place - 1] + body[place:]
     context = [*source.first, *encode(body)][: source.context]
-    middle = source.decode(context[source.middle[0] : source.middle[1]])
+    middle = source.decode(context[low:high])
     if not all(sentence in middle for sentence in sentences):
         raise ValueError(
             "a needle did not fall into the compressed part of the context: choose a larger"
