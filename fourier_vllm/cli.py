@@ -181,6 +181,9 @@ def _add_inspect(commands: Commands) -> None:
     text = "show what a recipe keeps of each layer"
     parser = commands.add_parser("inspect", help=text, description=text)
     parser.add_argument("recipe", type=Path, help="recipe file")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw bits per layer, head and dim: .png or .svg"
+    )
     parser.set_defaults(run=_inspect)
 
 
@@ -188,7 +191,12 @@ def _inspect(args: argparse.Namespace) -> int:
     from fourier_vllm.inspection import describe
     from fourier_vllm.recipe import Recipe
 
-    print(describe(Recipe.load(args.recipe)))
+    recipe = Recipe.load(args.recipe)
+    print(describe(recipe))
+    if args.plot is not None:
+        from fourier_vllm.inspection_plot import plot
+
+        plot(recipe, args.plot)
     return 0
 
 
