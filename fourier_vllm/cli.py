@@ -228,7 +228,7 @@ def _add_eval(commands: Commands) -> None:
         default=["all"],
         metavar="NAME,...",
         help="all, none, or some of fp8, kivi4, kivi3, kivi2, rotated4, rotated3, rotated2, paper,"
-        " paper-pages, streaming; default: all",
+        " paper-rescaled, paper-pages, streaming; default: all",
     )
     for option, default, help_text in (
         ("--context", 7168, "tokens of a context"),

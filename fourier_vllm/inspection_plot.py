@@ -11,7 +11,7 @@ from fourier_vllm.recipe import Recipe
 
 SUFFIXES = (".png", ".svg")
 BITS = (0, 2, 3, 4, 8, 16)
-COLORS = ("#f7f7f7", "#fdd49e", "#fdbb84", "#fc8d59", "#d7301f", "#4d0000")
+COLORS = ("#f7f7f7", "#fee391", "#fec44f", "#ec7014", "#a50f15", "#2d0008")
 INCHES_A_LAYER, LEAST_INCHES = 0.14, 2.5
 
 Rows = Sequence[Sequence[int]]  # [layers][columns]
@@ -75,7 +75,7 @@ def plot(recipe: Recipe, file: Path) -> None:
 
 
 def draw(axes: Any, rows: Rows, name: str, heads: int, head_size: int) -> Any:
-    """One tensor: a row a layer, white lines between the heads."""
+    """One tensor: a row a layer, a black line between heads."""
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
     classes = [[BITS.index(bits) for bits in row] for row in rows]

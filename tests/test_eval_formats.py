@@ -85,6 +85,8 @@ BITS_OF_193_TOKENS = {
     "rotated3": 3 + 16 / 80,
     # layer 0: 144 of 160 K dims and 152 of 160 V dims as 6 coefficients, the rest raw, a bit a dim
     "paper": (16 * (16 * 193 + 144 * 6 + 8 * 193 + 152 * 6) + 2 * 160) / 61760,
+    # and a scale for each of the low-passed
+    "paper-rescaled": (16 * (16 * 193 + 144 * 7 + 8 * 193 + 152 * 7) + 2 * 160) / 61760,
 }
 
 
@@ -189,6 +191,17 @@ def test_fourier_form_against_the_fft(window: int, states: int) -> None:
             kept[:, j] += 1j * spectrum[:, j].imag
     want = scipy.fft.irfft(kept, window, axis=1)
     assert_close("low-pass", torch.from_numpy(want), got, 1e-3)  # coefficients are fp16
+
+
+def test_rescaled_dims_keep_mean_and_deviation() -> None:
+    x = keys_and_values(193, 24)[0].double()
+    got = truncate(x.float(), 2 * 24, 5, rescale=True).double()
+    assert_close("mean", x.mean(1), got.mean(1), 1e-3)
+    assert_close("deviation", x.std(1), got.std(1), 1e-3)
+    low = truncate(x.float(), 2 * 24, 5).double()
+    assert (got - x).norm() > (low - x).norm()  # what it costs: the fit is no longer the best one
+    flat = torch.full((1, 64, 2), 3.0)
+    assert_close("constant", flat, truncate(flat, 2, 1, rescale=True), 1e-3)
 
 
 @pytest.mark.parametrize("window", [16, 17])

@@ -24,5 +24,6 @@ COMPARATORS: dict[str, Callable[[ModelFingerprint], Format]] = {
     "rotated3": partial(Rotated, bits=3),
     "rotated2": partial(Rotated, bits=2),
     "paper": Paper,
+    "paper-rescaled": partial(Paper, rescale=True),
     "streaming": Streaming,
 }

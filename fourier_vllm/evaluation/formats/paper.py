@@ -3,9 +3,12 @@
 One window of the middle's n tokens, and a real Fourier basis of it. With c_0 = <x, 1>, a_j = <x,
 cos(2 pi j t / n)> and b_j = <x, sin(2 pi j t / n)>, the lowest n / 32 of them are kept for each of the
 "long-context-insensitive" dims; the basis is orthonormal here, so that what is given back is the
-least-squares fit. Dims are ranked by the mean square error of that fit, over all heads of a layer; the
-share that is low-passed follows the inverted pyramid: deeper layers keep more dims, V fewer than K.
-What differs from the authors' code is listed in docs/evaluation.md.
+least-squares fit. `paper-rescaled` then stretches each dim around its mean to its original standard
+deviation, as the authors' cache does (a scale a dim more).
+
+Dims are ranked by the mean square error of what is given back, over all heads of a layer; the share
+that is low-passed follows the inverted pyramid: deeper layers keep more dims, V fewer than K. What
+differs from the authors' code is listed in docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -26,10 +29,14 @@ STATES_SHARE = 1 / 32  # coefficients a token of the window: 1024 at 32k in the 
 class Paper:
     """The global-window form, dims chosen on the very tokens that are compressed."""
 
-    name = family = "paper"
+    family = "paper"
 
-    def __init__(self, model: ModelFingerprint, states_share: float = STATES_SHARE):
+    def __init__(
+        self, model: ModelFingerprint, rescale: bool = False, states_share: float = STATES_SHARE
+    ):
+        self.name = "paper-rescaled" if rescale else "paper"
         self.shares, self.states_share = pyramid(model.num_layers), states_share
+        self.rescale = rescale
 
     def hold(self, k: Tensor, v: Tensor, start: int, layer: int) -> Held:
         k, v = k[:, start:], v[:, start:]
@@ -40,7 +47,8 @@ class Paper:
             low_passed = round(share * H * D)
             stored += RAW_BITS * ((H * D - low_passed) * n + low_passed * states)
             stored += H * D  # which dims: a bit each
-            held.append(truncate(x, low_passed, states))
+            stored += RAW_BITS * low_passed * self.rescale
+            held.append(truncate(x, low_passed, states, self.rescale))
         return Held(held[0], held[1], bits_per_value(stored, k))
 
 
@@ -56,19 +64,26 @@ def pyramid(layers: int) -> list[tuple[float, float]]:
     ]
 
 
-def truncate(x: Tensor, low_passed: int, states: int) -> Tensor:
+def truncate(x: Tensor, low_passed: int, states: int, rescale: bool = False) -> Tensor:
     """Low-pass the dims of `x [H, n, D]` that lose least by it.
 
     Parameters
     ----------
     low_passed, states : int
         How many of the H * D dims, and coefficients kept of each.
+    rescale : bool
+        Give each low-passed dim its original standard deviation.
     """
     H, n, D = x.shape
     y = x.float().transpose(0, 1).reshape(n, H * D).clone()
     basis = fourier_basis(n, states).to(x.device)
     coefficients = (basis @ y).clamp(-FP16_MAX, FP16_MAX).half().float()  # [states, H * D]
     low = basis.T @ coefficients
+    if rescale:
+        mean, spread = y.mean(0), low.std(0, correction=0)
+        scale = (y.std(0, correction=0) / spread.clamp_min(1e-6)).clamp_max(FP16_MAX)
+        # A constant has no spread to stretch.
+        low = torch.where(spread > 1e-6, (low - low.mean(0)) * scale.half().float() + mean, low)
     least = (y - low).square().mean(0).argsort()[:low_passed]
     y[:, least] = low[:, least]
     return y.view(n, H, D).transpose(0, 1).to(x.dtype)
