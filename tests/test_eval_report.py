@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,6 +72,16 @@ def test_without_matplotlib(data: dict, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delitem(sys.modules, "fourier_vllm.evaluation.plots", raising=False)
     assert "install matplotlib" in write(data, tmp_path)
     assert (tmp_path / "results.md").exists()
+
+
+def test_needs_neither_vllm_nor_matplotlib() -> None:
+    code = """
+import sys
+sys.modules |= dict.fromkeys(("vllm", "matplotlib"))  # importing one raises ImportError
+import fourier_vllm.evaluation.evaluate, fourier_vllm.evaluation.report
+import fourier_vllm.inspection_plot
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

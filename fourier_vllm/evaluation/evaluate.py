@@ -139,6 +139,9 @@ def evaluate(options: Options) -> dict[str, Any]:
     layers = full_attention_layers(model)
     start = tokenizer("").input_ids[:1]
     first = start if start and start[0] == tokenizer.bos_token_id else []
+    for number in range(done, options.documents):
+        for _ in contexts(options, texts[number], number, tokenizer, first, span):
+            pass  # a text that will not do is refused before hours of work
     total = (options.documents - done) * len(forms) * prefills(options.tasks)
     with tqdm(total=total, desc="eval", unit="cache", disable=None) as bar:
         for number in range(done, options.documents):
