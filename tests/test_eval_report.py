@@ -51,7 +51,19 @@ def test_table(data: dict) -> None:
         "| `balanced` | 2.50 | 6.40x | 0.0100 | +0.1000 | 1/3 | -1.500 | 0.750 | 255 |",
         "| `kivi2` | 2.50 | 6.40x | 0.0200 | +0.2000 | 1/3 | -2.500 | 0.500 | 254 |",
         "| `streaming` | 0.00 | - | 0.0300 | +0.3000 | 1/3 | -3.500 | 0.250 | 253 |",
+        "",
+        "| format | bits | KL | best of ours at no more bits | bits | KL |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| `kivi2` | 2.50 | 0.0200 | `balanced` | 2.50 | 0.0100 |",
     ]
+
+
+def test_no_second_table_without_bytes_to_compare(data: dict) -> None:
+    data["rows"][1]["bits"] = 2.6  # more than kivi2
+    assert "no more bits" not in markdown(data)
+    for row in data["rows"]:
+        del row["tasks"]["nll"]
+    assert "KL" not in markdown(data)
 
 
 def test_report_command(data: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,10 @@ from numerics import assert_close
 from fourier_vllm import cli
 from fourier_vllm.calibration.model import fingerprint_of, full_attention_layers
 from fourier_vllm.evaluation import evaluate as evaluation
-from fourier_vllm.evaluation.evaluate import Options, check, evaluate, on_device, prefills
+from fourier_vllm.evaluation.contexts import prefills
+from fourier_vllm.evaluation.evaluate import Options, check, evaluate, on_device
 from fourier_vllm.evaluation.formats import COMPARATORS
+from fourier_vllm.evaluation.results import Rows
 from fourier_vllm.evaluation.session import Session, fork, hold, prefill, stack
 from fourier_vllm.evaluation.tasks import TASKS
 from fourier_vllm.recipe import target_recipe
@@ -260,6 +262,34 @@ def test_refusals(changes: dict, message: str, llama, tmp_path: Path, monkeypatc
         check(options)
         evaluate(options)
     assert "\n" not in str(refusal.value)
+
+
+def test_out_of_memory(llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(evaluation, "measure", full)
+    with pytest.raises(ValueError, match="out of memory: choose a smaller --context"):
+        evaluation.run(options_of(tmp_path))
+
+
+def test_a_changed_recipe_starts_anew(llama, tmp_path: Path) -> None:
+    recipe = target_recipe(fingerprint_of(llama), "lossless")
+    recipe.save(tmp_path / "r.json")
+    options = options_of(
+        tmp_path, recipes=[tmp_path / "r.json"], tasks=["needle"], compare=["none"]
+    )
+    check(options)
+    data = evaluate(options)
+    assert data["recipes"]["r"]["source"] == "manual"
+    data["settings"] |= {"documents": 2}  # as if it had been interrupted
+    file = tmp_path / "out/results.json"
+    file.write_text(json.dumps(data))
+    rows = Rows({"exact": "exact", "r": "fourier"})
+    assert evaluation.resume(file, data, rows)[0] == 1
+    assert len(rows.bits["r"]) == 1
+    other = data | {"recipes": {"r": {"sha256": "another"}}}
+    assert evaluation.resume(file, other, rows) == (0, 0.0)
 
 
 def test_unknown_device() -> None:

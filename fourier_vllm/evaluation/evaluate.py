@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from fourier_vllm._text import nearest, show
@@ -19,20 +21,23 @@ from fourier_vllm.calibration.model import (
     max_tokens,
     model_name,
 )
-from fourier_vllm.calibration.text import read_text
 from fourier_vllm.evaluation import results
 from fourier_vllm.evaluation.choose import Span, choose_formats, span_of
+from fourier_vllm.evaluation.contexts import BEHIND_TOKENS, contexts, prefills, read_documents
 from fourier_vllm.evaluation.formats.base import Format
+from fourier_vllm.evaluation.formats.fourier import Fourier
 from fourier_vllm.evaluation.machine import commit, machine, versions
 from fourier_vllm.evaluation.session import Session, hold, prefill, stack
 from fourier_vllm.evaluation.tasks import TASKS
-from fourier_vllm.evaluation.tasks.base import Probe, Source
+from fourier_vllm.evaluation.tasks.base import Probe
 from fourier_vllm.evaluation.tasks.haystack import MAX_NEEDLES
-from fourier_vllm.evaluation.text import documents
+from fourier_vllm.recipe import Recipe
 
-BEHIND_TOKENS = 640  # of a question and its answer, or of a continuation, at most
-CHARS_A_TOKEN = 6  # of the manuals; SmolLM2 has 4 on average
-STACK_BYTES = 4 << 30  # of the caches that are run as one batch
+STACK_BYTES = 2 << 30  # of the caches that are run as one batch
+
+
+# What must not have changed for an interrupted run to go on.
+SAME = ("model", "fingerprint", "settings", "recipes", "versions", "commit")
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,13 @@ def run(options: Options) -> int:
     from fourier_vllm.evaluation.report import write
 
     check(options)
-    print(write(evaluate(options), options.out))
+    try:
+        data = evaluate(options)
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            "the device is out of memory: choose a smaller --context, or another --device."
+        ) from None
+    print(write(data, options.out))
     return 0
 
 
@@ -127,10 +138,12 @@ def evaluate(options: Options) -> dict[str, Any]:
             "documents": options.documents,
             "questions": options.questions,
             "text": [file.name for file in options.text] or "Python's manuals",
+            "text_sha256": fingerprint_of_texts(texts),
             "seed": options.seed,
             "dtype": str(model.dtype).removeprefix("torch."),
             **span._asdict(),
         },
+        "recipes": {form.name: origin(form.recipe) for form in forms if isinstance(form, Fourier)},
         "versions": versions(),
         "commit": commit(),
         "machine": machine(str(model.device)),
@@ -200,56 +213,6 @@ def batches(held: Iterator[Any], layers: Sequence[int]) -> Iterator[list[Any]]:
             yield batch
 
 
-def contexts(
-    options: Options, text: str, number: int, tokenizer: Any, first: list[int], span: Span
-) -> Iterator[tuple[list[int], list[tuple[str, Probe]]]]:
-    """Contexts of one document with the probes of all tasks that use them."""
-
-    def encode(string: str) -> list[int]:
-        return tokenizer(string, add_special_tokens=False, verbose=False).input_ids
-
-    found: dict[tuple[int, ...], list[tuple[str, Probe]]] = {}
-    for task in options.tasks:
-        source = Source(
-            document=text,
-            encode=encode,
-            decode=tokenizer.decode,
-            first=first,
-            context=options.context,
-            middle=(span.start, span.end),
-            questions=options.questions,
-            seed=f"{options.seed} {task} {number}",
-        )
-        ids, probes = TASKS[task](source)
-        found.setdefault(tuple(ids), []).extend((task, probe) for probe in probes)
-    for key, list_of in found.items():
-        yield list(key), list_of
-
-
-def prefills(tasks: Sequence[str]) -> int:
-    """Contexts of a document: tasks on the plain text share one."""
-    plain = {"nll", "agreement"} & set(tasks)
-    return len(set(tasks) - plain) + bool(plain)
-
-
-def read_documents(options: Options) -> list[str]:
-    """Texts of the user's files, or manuals.
-
-    Raises
-    ------
-    ValueError
-        There are too few, or one cannot be read.
-    """
-    if not options.text:
-        return documents(options.documents, CHARS_A_TOKEN * (options.context + BEHIND_TOKENS))
-    if len(options.text) < options.documents:
-        raise ValueError(
-            f"--text has {len(options.text)} files for --documents {options.documents}: give as many"
-            " files as documents."
-        )
-    return [read_text(file)[1] for file in options.text[: options.documents]]
-
-
 def on_device(model: Any, device: str) -> Any:
     """The model where `--device` wants it.
 
@@ -268,12 +231,23 @@ def on_device(model: Any, device: str) -> Any:
         ) from None
 
 
+def fingerprint_of_texts(texts: Sequence[str]) -> str:
+    """Manuals differ between versions of Python."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def origin(recipe: Recipe) -> dict[str, Any]:
+    """Which recipe it was, and where it comes from."""
+    digest = hashlib.sha256(recipe.dumps().encode()).hexdigest()
+    return {"sha256": digest, **recipe.provenance.model_dump(exclude_none=True)}
+
+
 def resume(file: Path, record: dict[str, Any], rows: results.Rows) -> tuple[int, float]:
     """Documents and seconds of an unfinished run of the same kind, whose samples go into `rows`."""
     if not file.exists():
         return 0, 0.0
     before = results.load(file)
-    same = all(before.get(name) == record[name] for name in ("model", "fingerprint", "settings"))
+    same = all(before.get(name) == record[name] for name in SAME)
     if not same or before["documents_done"] >= record["settings"]["documents"]:
         return 0, 0.0
     rows.restore(before["rows"])

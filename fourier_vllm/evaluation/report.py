@@ -8,7 +8,10 @@ from typing import Any
 
 from fourier_vllm.evaluation import results
 
+OURS = "fourier"  # the family
+
 Row = Mapping[str, Any]
+Column = tuple[str, Callable[[Row], str]]
 
 
 def write(data: Mapping[str, Any], out: Path) -> str:
@@ -48,9 +51,38 @@ def markdown(data: Mapping[str, Any]) -> str:
     rows: Sequence[Row] = data["rows"]
     columns = [("format", lambda row: f"`{row['name']}`"), *_sizes(), *_tasks(rows)]
     head = [name for name, _ in columns]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    lines += [[cell(row) for _, cell in columns] for row in rows]
-    return "\n".join([caption(data), "", *(f"| {' | '.join(line)} |" for line in lines)])
+    text = [caption(data), "", *table(head, [[cell(row) for _, cell in columns] for row in rows])]
+    duels = same_bytes(rows)
+    if duels:
+        head = ["format", "bits", "KL", "best of ours at no more bits", "bits", "KL"]
+        text += ["", *table(head, duels)]
+    return "\n".join(text)
+
+
+def table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; the first column is text."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *cells]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def same_bytes(rows: Sequence[Row]) -> list[list[str]]:
+    """Every comparator that keeps something, and what ours reaches without taking more bits."""
+    if "nll" not in rows[0]["tasks"]:
+        return []
+    ours = [row for row in rows if row["family"] == OURS]
+    found = []
+    for row in rows:
+        below = [x for x in ours if x["bits"] <= row["bits"]]
+        if row["family"] in (OURS, "exact") or not row["bits"] or not below:
+            continue
+        best = min(below, key=lambda x: x["tasks"]["nll"]["kl"])
+        cells = [[f"`{x['name']}`", f"{x['bits']:.2f}", _kl(x)] for x in (row, best)]
+        found.append(cells[0] + cells[1])
+    return found
+
+
+def _kl(row: Row) -> str:
+    return f"{row['tasks']['nll']['kl']:.4f}"
 
 
 def caption(data: Mapping[str, Any]) -> str:
@@ -65,20 +97,21 @@ def caption(data: Mapping[str, Any]) -> str:
     )
 
 
-def _sizes() -> list[tuple[str, Callable[[Row], str]]]:
+def _sizes() -> list[Column]:
     def ratio(row: Row) -> str:
         return "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
 
     return [("bits", lambda row: f"{row['bits']:.2f}"), ("smaller by", ratio)]
 
 
-def _tasks(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+def _tasks(rows: Sequence[Row]) -> list[Column]:
     """Columns of the tasks that were run."""
-    exact, columns = rows[0]["tasks"], []
+    exact = rows[0]["tasks"]
+    columns: list[Column] = []
     if "nll" in exact:
         base = exact["nll"]["nll"]
         columns += [
-            ("KL", lambda row: f"{row['tasks']['nll']['kl']:.4f}"),
+            ("KL", _kl),
             ("NLL", lambda row: f"{row['tasks']['nll']['nll'] - base:+.4f}"),
         ]
     for task in exact:
