@@ -175,6 +175,13 @@ def test_distortion_of_the_codebook() -> None:
     assert found == pytest.approx(0.1175, rel=0.03)
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_norms_are_kept(bits: int) -> None:
+    v = keys_and_values(100)[1]
+    held = Rotated(model_of(), bits).hold(v, v, 0, 0)
+    assert_close("norms", v.norm(dim=-1), held.v.norm(dim=-1), 1e-3)
+
+
 @pytest.mark.parametrize("window", [64, 65, 193])
 @pytest.mark.parametrize("states", [1, 2, 5, 6])
 def test_fourier_form_against_the_fft(window: int, states: int) -> None:

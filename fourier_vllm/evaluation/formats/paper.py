@@ -29,12 +29,10 @@ STATES_SHARE = 1 / 32  # coefficients a token of the window: 1024 at 32k in the 
 class Paper:
     """The global-window form, dims chosen on the very tokens that are compressed."""
 
-    family = "paper"
-
     def __init__(
         self, model: ModelFingerprint, rescale: bool = False, states_share: float = STATES_SHARE
     ):
-        self.name = "paper-rescaled" if rescale else "paper"
+        self.name = self.family = "paper-rescaled" if rescale else "paper"
         self.shares, self.states_share = pyramid(model.num_layers), states_share
         self.rescale = rescale
 
