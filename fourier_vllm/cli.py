@@ -35,7 +35,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_doctor, _add_fetch, _add_demo, _add_calibrate, _add_inspect):
+    for add in (
+        _add_doctor,
+        _add_fetch,
+        _add_demo,
+        _add_calibrate,
+        _add_inspect,
+        _add_eval,
+        _add_report,
+    ):
         add(commands)
     return parser
 
@@ -180,6 +188,9 @@ def _add_inspect(commands: Commands) -> None:
     text = "show what a recipe keeps of each layer"
     parser = commands.add_parser("inspect", help=text, description=text)
     parser.add_argument("recipe", type=Path, help="recipe file")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw bits per layer, head and dim: .png or .svg"
+    )
     parser.set_defaults(run=_inspect)
 
 
@@ -187,8 +198,112 @@ def _inspect(args: argparse.Namespace) -> int:
     from fourier_vllm.inspection import describe
     from fourier_vllm.recipe import Recipe
 
-    print(describe(Recipe.load(args.recipe)))
+    recipe = Recipe.load(args.recipe)
+    print(describe(recipe))
+    if args.plot is not None:
+        from fourier_vllm.inspection_plot import plot
+
+        plot(recipe, args.plot)
     return 0
+
+
+def _add_eval(commands: Commands) -> None:
+    text = "measure what KV formats cost in quality, each on the same contexts"
+    parser = commands.add_parser("eval", help=text, description=text)
+    parser.add_argument("model", help="Hugging Face folder or Hub id")
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="recipes; default without --target: those shipped for the model",
+    )
+    parser.add_argument(
+        "--target", action="extend", nargs="+", default=[], metavar="NAME", help="shipped recipes"
+    )
+    parser.add_argument(
+        "--tasks",
+        type=_names,
+        metavar="NAME,...",
+        help="nll, needle, multikey, multivalue, vartrack, agreement; default: all",
+    )
+    parser.add_argument(
+        "--compare",
+        type=_names,
+        default=["all"],
+        metavar="NAME,...",
+        help="all, none, or some of fp8, kivi4, kivi3, kivi2, rotated4, rotated3, rotated2, paper,"
+        " paper-rescaled, paper-pages, streaming; default: all",
+    )
+    for option, default, help_text in (
+        ("--context", 7168, "tokens of a context"),
+        ("--documents", 8, "texts, each with a context a task"),
+        ("--questions", 8, "keys of a `multikey` context"),
+        ("--seed", 0, "of needles and their places"),
+    ):
+        parser.add_argument(
+            option,
+            type=int,
+            default=default,
+            metavar="N",
+            help=f"{help_text}; default: %(default)s",
+        )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="UTF-8, one a document; default: Python's manuals",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("eval"), metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if any")
+    parser.set_defaults(run=_eval)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from fourier_vllm.evaluation.evaluate import Options, run
+    from fourier_vllm.evaluation.tasks import TASKS
+
+    return run(
+        Options(
+            model=args.model,
+            recipes=args.recipe,
+            targets=args.target,
+            tasks=args.tasks or tuple(TASKS),
+            compare=args.compare,
+            context=args.context,
+            documents=args.documents,
+            questions=args.questions,
+            text=args.text,
+            out=args.out,
+            device=args.device,
+            seed=args.seed,
+        )
+    )
+
+
+def _add_report(commands: Commands) -> None:
+    text = "write table and plots of an evaluation again, from its JSON"
+    parser = commands.add_parser("report", help=text, description=text)
+    parser.add_argument("results", type=Path, help="results.json of `fourier-vllm eval`")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: where the JSON is")
+    parser.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from fourier_vllm.evaluation.report import report
+
+    return report(args.results, args.out)
 
 
 if __name__ == "__main__":

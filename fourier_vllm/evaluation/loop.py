@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fourier_vllm.calibration.model import full_attention_layers, max_tokens
+from fourier_vllm.evaluation.formats import fourier
 from fourier_vllm.evaluation.text import documents
 from fourier_vllm.inspection import layouts
 from fourier_vllm.kernels.reference import PageCodec
@@ -58,24 +59,15 @@ def through_pages(
     tuple of Tensor [H, n, D]
         Whole pages before the last `local_window` tokens rebuilt, the rest and the sinks as given.
     """
-    W, S = recipe.page_size, recipe.sink_tokens
-    pages = max(0, k.shape[1] - recipe.local_window) // W
-    if pages == 0:
+    W = recipe.page_size
+    end = max(0, k.shape[1] - recipe.local_window) // W * W
+    if end == 0:
         return k, v
     # A model computed in float32 is still served in 16 bits.
     dtype = torch.bfloat16 if k.dtype == torch.float32 else k.dtype
     codec = PageCodec(layout, dtype, k.device)
-    num_pinned = torch.zeros(pages, dtype=torch.long, device=k.device)
-    num_pinned[0] = S
-
-    def paged(x: Tensor) -> Tensor:
-        return x[:, : pages * W].unflatten(1, (pages, W)).permute(1, 2, 0, 3)  # [P, W, H, D]
-
-    rebuilt = codec.reconstruct(codec.seal(paged(k), paged(v), num_pinned))
-    k, v = k.clone(), v.clone()
-    for x, y in zip((k, v), rebuilt, strict=True):
-        x[:, S : pages * W] = y.flatten(0, 1).transpose(0, 1)[:, S:]
-    return k, v
+    sealed = fourier.through_pages(codec, k[:, :end], v[:, :end], recipe.sink_tokens)
+    return torch.cat([sealed[0], k[:, end:]], 1), torch.cat([sealed[1], v[:, end:]], 1)
 
 
 @torch.inference_mode()

@@ -1,0 +1,65 @@
+"""Ours: a recipe's sealed pages, through the reference codec of the page format."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fourier_vllm.evaluation.formats.base import Held, bits_per_value
+from fourier_vllm.inspection import layouts
+from fourier_vllm.kernels.reference import PageCodec
+from fourier_vllm.recipe import Recipe
+
+
+class Fourier:
+    """Pages of one recipe.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Its sinks and local window are those of the run, which are the same for every format.
+    name : str or None
+        How the table calls it; None takes the recipe's name.
+    """
+
+    family = "fourier"
+
+    def __init__(self, recipe: Recipe, name: str | None = None):
+        self.name, self.recipe = name or recipe.name, recipe
+        self.layouts = layouts(recipe)
+        self.codecs: dict[int, PageCodec] = {}
+
+    def hold(self, k: Tensor, v: Tensor, start: int, layer: int) -> Held:
+        if layer not in self.codecs:
+            # A model computed in float32 is still served in 16 bits.
+            dtype = torch.bfloat16 if k.dtype == torch.float32 else k.dtype
+            self.codecs[layer] = PageCodec(self.layouts[layer], dtype, k.device)
+        layout = self.layouts[layer]
+        pages = k.shape[1] // layout.page_size
+        sealed = through_pages(self.codecs[layer], k, v, start)
+        middle = [x[:, start:] for x in sealed]
+        return Held(middle[0], middle[1], bits_per_value(8 * pages * layout.page_bytes, middle[0]))
+
+
+def through_pages(codec: PageCodec, k: Tensor, v: Tensor, pinned: int) -> tuple[Tensor, Tensor]:
+    """Seal whole pages and rebuild them.
+
+    Parameters
+    ----------
+    k, v : Tensor [H, n, D]
+        n is a multiple of the page size.
+    pinned : int
+        First tokens that attention reads raw: they come back as given.
+    """
+    W = codec.layout.page_size
+
+    def paged(x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, W)).permute(1, 2, 0, 3)  # [P, W, H, D]
+
+    # Pages that are all pinned never occur: a recipe pins one page at most, a run one more token.
+    num_pinned = (pinned - W * torch.arange(k.shape[1] // W, device=k.device)).clamp(0, W)
+    rebuilt = codec.reconstruct(codec.seal(paged(k), paged(v), num_pinned))
+    k, v = k.clone(), v.clone()
+    for x, y in zip((k, v), rebuilt, strict=True):
+        x[:, pinned:] = y.flatten(0, 1).transpose(0, 1)[:, pinned:]
+    return k, v
