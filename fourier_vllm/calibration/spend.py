@@ -17,7 +17,7 @@ from torch import Tensor
 from fourier_vllm._json import RecipeError
 from fourier_vllm.calibration.allocate import ITEM_BYTES, cost_bytes
 from fourier_vllm.calibration.statistics import KEY_BITS, VALUE_BITS, LayerStatistics
-from fourier_vllm.page import PAGE_ALIGNMENT, PageLayout
+from fourier_vllm.page import PAGE_ALIGNMENT, PLANE_ALIGNMENT, PageLayout
 from fourier_vllm.recipe import LayerRecipe
 
 PRICES = (1e-30, 1e6)  # nats a byte: nothing is too dear, nothing is worth it
@@ -170,19 +170,20 @@ class _Curves:
         if self.shards > 1:  # their pages must stay equal
             return bits
         index = torch.searchsorted(torch.tensor(KEY_BITS), bits)
+        is_open, end = torch.ones_like(index, dtype=torch.bool), self.pages.end(bits.tolist(), v)
         while True:
             up = (index + 1).clamp_max(len(KEY_BITS) - 1)
             gain = self.damage.gather(-1, index[..., None]) - self.damage.gather(-1, up[..., None])
-            price = (self.cost[up] - self.cost[index]).clamp_min(1e-9)
-            value = torch.where(up > index, gain[..., 0] / price, -1.0).flatten()
-            bought = False
-            for dim in value.argsort(descending=True)[: self.pages.D].tolist():
-                if value[dim] <= 0:
-                    break
-                tried = index.clone()
-                tried.view(-1)[dim] += 1
-                if self.pages.layout(torch.tensor(KEY_BITS)[tried].tolist(), v).page_bytes <= limit:
-                    index, bought = tried, True
-                    break
-            if not bought:
+            extra = self.cost[up] - self.cost[index]
+            fits = is_open & (up > index) & (end + extra < limit + PLANE_ALIGNMENT)
+            value = torch.where(fits, gain[..., 0] / extra.clamp_min(1e-9), 0.0).flatten()
+            dim = int(value.argmax())
+            if value[dim] <= 0:
                 return torch.tensor(KEY_BITS)[index]
+            index.view(-1)[dim] += 1
+            grown = self.pages.end(torch.tensor(KEY_BITS)[index].tolist(), v)
+            if grown > limit:  # planes are aligned one by one: only trying tells
+                index.view(-1)[dim] -= 1
+                is_open.view(-1)[dim] = False
+            else:
+                end = grown
