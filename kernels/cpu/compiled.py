@@ -38,6 +38,20 @@ def load_halves(source: np.ndarray, start: int, count: int, kind: int, row: Row)
 
 
 @jit
+def halves_at(views: Views, start: int, count: int) -> np.ndarray:
+    """`count` fp16 numbers from byte `start` of the cache."""
+    row = new_row(count)
+    load_halves(views.u16, start // 2, count, FLOAT16, row)
+    return row.values
+
+
+@jit
+def rows_at(views: Views, start: int, rows: int, columns: int) -> np.ndarray:
+    """Bytes `[rows, columns]` from byte `start` of the cache."""
+    return views.u8[start : start + rows * columns].reshape(rows, columns)
+
+
+@jit
 def load(views: Views, start: int, count: int, kind: int, row: Row) -> None:
     """`count` floats of `kind` from byte `start` of the cache."""
     if kind == FLOAT32:
@@ -126,10 +140,11 @@ def channel_scores(
     n0, n1 = c.column_start[head], c.column_start[head + 1]
     c0, c1 = c.coded_start[head], c.coded_start[head + 1]
     N, C = n1 - n0, c1 - c0
-    scratch, scales, zeros = new_row(max(D, W)), new_row(max(C, 1)), new_row(max(C, 1))
-    row, scale, zero = scratch.values, scales.values, zeros.values
-    load_halves(views.u16, (page + c.scale) // 2 + c0, C, FLOAT16, scales)
-    load_halves(views.u16, (page + c.zero) // 2 + c0, C, FLOAT16, zeros)
+    scale = halves_at(views, page + c.scale + 2 * c0, C)
+    zero = halves_at(views, page + c.zero + 2 * c0, C)
+    codes = rows_at(views, page + c.codes + n0 * (W // 4), N, W // 4)
+    scratch = new_row(max(D, W))
+    row = scratch.values
     weighted = np.empty((G, N), np.float32)
     for g in range(G):
         for n in range(N):
@@ -147,8 +162,6 @@ def channel_scores(
                 low += q[g, d] * row[d]
             for w in range(W):
                 s[g, w] += low * c.basis[i, w]
-    start = page + c.codes + n0 * (W // 4)
-    codes = views.u8[start : start + N * (W // 4)].reshape(N, W // 4)
     add_columns(codes, weighted, s)
     itemsize = 4 if kind == FLOAT32 else 2
     for r in range(c.raw_start[head], c.raw_start[head + 1]):
@@ -168,13 +181,12 @@ def channel_combine(
     n0, n1 = c.column_start[head], c.column_start[head + 1]
     c0, c1 = c.coded_start[head], c.coded_start[head + 1]
     N, C = n1 - n0, c1 - c0
-    scratch, scales, zeros = new_row(max(D, W)), new_row(max(C, 1)), new_row(max(C, 1))
-    row, scale, zero = scratch.values, scales.values, zeros.values
-    load_halves(views.u16, (page + c.scale) // 2 + c0, C, FLOAT16, scales)
-    load_halves(views.u16, (page + c.zero) // 2 + c0, C, FLOAT16, zeros)
+    scale = halves_at(views, page + c.scale + 2 * c0, C)
+    zero = halves_at(views, page + c.zero + 2 * c0, C)
+    codes = rows_at(views, page + c.codes + n0 * (W // 4), N, W // 4)
+    scratch = new_row(max(D, W))
+    row = scratch.values
     sums = np.empty((G, N), np.float32)
-    start = page + c.codes + n0 * (W // 4)
-    codes = views.u8[start : start + N * (W // 4)].reshape(N, W // 4)
     for n in range(N):
         unpack(codes[n], row)
         for g in range(G):
@@ -226,10 +238,8 @@ def token_combine(
                 for d in range(D):
                     out[g, d] += p[g, w] * row[d]
         return
-    scales, zeros = new_row(W), new_row(W)
-    scale, zero = scales.values, zeros.values
-    load_halves(views.u16, (page + t.scale) // 2 + head * W, W, FLOAT16, scales)
-    load_halves(views.u16, (page + t.zero) // 2 + head * W, W, FLOAT16, zeros)
+    scale = halves_at(views, page + t.scale + 2 * head * W, W)
+    zero = halves_at(views, page + t.zero + 2 * head * W, W)
     for g in range(G):
         constant = np.float32(0.0)
         for w in range(W):
@@ -243,15 +253,13 @@ def token_combine(
         for g in range(G):
             for w in range(W):
                 weight[g, w] = p[g, w] * scale[w] * np.float32(4**level)
-        start = page + t.codes + (level * H + head) * quarter * D
-        codes = views.u8[start : start + quarter * D].reshape(quarter, D)
+        codes = rows_at(views, page + t.codes + (level * H + head) * quarter * D, quarter, D)
         add_codes(codes, 2, weight, rows, out)
     if t.high >= 0:
         for g in range(G):  # worth 4 of the one level below
             for w in range(W):
                 weight[g, w] *= np.float32(4.0)
-        start = page + t.high + head * eighth * D
-        codes = views.u8[start : start + eighth * D].reshape(eighth, D)
+        codes = rows_at(views, page + t.high + head * eighth * D, eighth, D)
         add_codes(codes, 1, weight, rows, out)
 
 

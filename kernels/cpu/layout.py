@@ -41,7 +41,6 @@ class Channel(NamedTuple):
     codes: int
     scale: int
     zero: int
-    num_columns: int
     column_start: np.ndarray  # [H + 1], a head's columns
     coded_start: np.ndarray  # [H + 1], a head's coded dims
     raw_start: np.ndarray  # [H + 1], a head's raw dims
@@ -89,7 +88,6 @@ def _channel(planes: ChannelPlanes, layout: PageLayout) -> Channel:
         codes=planes.codes.offset,
         scale=planes.scale.offset,
         zero=planes.zero.offset,
-        num_columns=len(columns),
         column_start=starts(coded[column_coded]),
         coded_start=starts(coded),
         raw_start=starts(raw),
