@@ -22,7 +22,7 @@ without FOCUS and with SLOW = .25, .256 with equal weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fourier_vllm._json import RecipeError
 from fourier_vllm._text import nearest, show
-from fourier_vllm.calibration.allocate import DISTORTION, ITEM_BYTES, allocate_bits, page_budget
+from fourier_vllm.calibration.allocate import ITEM_BYTES, allocate_bits, page_budget
 from fourier_vllm.page import PAGE_ALIGNMENT, PageLayout
 from fourier_vllm.recipe import (
     DEFAULT_LOCAL_WINDOW,
@@ -243,8 +243,6 @@ def layer_bits(
     coefficients: int | None = None,
     coefficient_bits: int | None = None,
     value_statistic: Tensor | None = None,
-    distortion: Mapping[int, float] = DISTORTION,
-    shards: int | None = None,
 ) -> LayerRecipe:
     """Bits of one layer for a target.
 
@@ -260,9 +258,6 @@ def layer_bits(
         None takes the target's.
     value_statistic : Tensor [H, D] or None
         Energy of each V dim for `paper`; None keeps the first dims.
-    shards : int or None
-        Groups of neighbouring heads that get equal shares of the bytes: as many as ranks keep pages
-        of one size. None makes every head one.
 
     Raises
     ------
@@ -283,13 +278,10 @@ def layer_bits(
     coefficient_bits = coefficient_bits or aim.coefficient_bits
     budget = page_budget(aim.ratio, page_size, H, D, v_bits, m, coefficient_bits)
     # Head by head, a head's bits and bytes do not depend on which rank holds it.
-    shards = H if shards is None else shards
-    if not 1 <= shards <= H or H % shards:
-        raise RecipeError(f"shards must divide {H} KV heads, found {shards}: choose another.")
     rows = [
         row
-        for heads in statistic.chunk(shards)
-        for row in allocate_bits(heads, budget // shards, page_size, distortion).tolist()
+        for heads in statistic.chunk(H)
+        for row in allocate_bits(heads, budget // H, page_size).tolist()
     ]
     return LayerRecipe.model_validate({"k": rows, "v": v_bits})
 
@@ -351,9 +343,7 @@ def weight_recipe(
     coefficients: int | None = None,
     coefficient_bits: int | None = None,
     value_statistics: Sequence[Tensor] | None = None,
-    distortion: Mapping[int, float] = DISTORTION,
     provenance: Provenance | None = None,
-    shards: int | None = None,
 ) -> Recipe:
     """A whole recipe from statistics per layer, predicted here or measured on text.
 
@@ -365,8 +355,6 @@ def weight_recipe(
         For `paper`.
     provenance : Provenance or None
         None says that the statistics come from the weights.
-    shards : int or None
-        See `layer_bits`.
 
     Raises
     ------
@@ -396,8 +384,6 @@ def weight_recipe(
             coefficients,
             coefficient_bits,
             None if value_statistics is None else value_statistics[i],
-            distortion,
-            shards,
         )
         for i, statistic in enumerate(statistics)
     ]
