@@ -201,8 +201,8 @@ def texts(count: int, chars: int) -> list[str]:
     return [whole[i * len(whole) // count :][:chars] for i in range(count)]
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure the rows of the chosen tables."""
+def run(args: argparse.Namespace) -> None:
+    """Measure the rows of the chosen tables; the JSON is written after each of them."""
     model, tokenizer = load(args.model)
     calibration = read_text(None)[1]
     encoded = [tokenizer(text, verbose=False).input_ids for text in texts(DOCUMENTS, 40_000)]
@@ -211,6 +211,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rope = Rope(model)
     rows: dict[Choice, dict[str, Any]] = {}
     measured: dict[Any, Any] = {}
+    record: dict[str, Any] = {
+        "model": model_name(args.model),
+        "documents": DOCUMENTS,
+        "context": CONTEXT,
+        "scored": SCORED,
+        "calibration_tokens": args.tokens,
+        "versions": versions(),
+        "machine": machine(str(model.device)),
+        "commit": commit(),
+        "tables": {},
+    }
     for table, of_table in choices().items():
         for choice in of_table if not args.only or table in args.only else []:
             if choice in rows:
@@ -234,20 +245,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             }
             seconds = time.perf_counter() - started
             print(f"{table}: {choice} {rows[choice]['kl']:.5f} {seconds:.1f} s", flush=True)
-    return {
-        "model": model_name(args.model),
-        "documents": DOCUMENTS,
-        "context": CONTEXT,
-        "scored": SCORED,
-        "calibration_tokens": args.tokens,
-        "versions": versions(),
-        "machine": machine(str(model.device)),
-        "commit": commit(),
-        "tables": {
-            table: [asdict(choice) | rows[choice] for choice in of_table if choice in rows]
-            for table, of_table in choices().items()
-        },
-    }
+        if any(choice in rows for choice in of_table):
+            record["tables"][table] = [
+                asdict(choice) | rows[choice] for choice in of_table if choice in rows
+            ]
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def write_table(data: dict[str, Any], page: Path) -> None:
@@ -290,7 +292,7 @@ def main() -> None:
             from fourier_vllm.fetch import fetch
 
             args.model = str(fetch("smollm2"))
-        args.out.write_text(json.dumps(run(args), indent=1) + "\n")
+        run(args)
     write_table(json.loads(args.out.read_text()), ROOT / "docs/sweep.md")
 
 
