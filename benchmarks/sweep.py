@@ -245,10 +245,8 @@ def run(args: argparse.Namespace) -> None:
             }
             seconds = time.perf_counter() - started
             print(f"{table}: {choice} {rows[choice]['kl']:.5f} {seconds:.1f} s", flush=True)
-        if any(choice in rows for choice in of_table):
-            record["tables"][table] = [
-                asdict(choice) | rows[choice] for choice in of_table if choice in rows
-            ]
+        if not args.only or table in args.only:
+            record["tables"][table] = [asdict(choice) | rows[choice] for choice in of_table]
             args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

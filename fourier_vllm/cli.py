@@ -241,6 +241,7 @@ def _add_eval(commands: Commands) -> None:
         ("--context", 7168, "tokens of a context"),
         ("--documents", 8, "texts, each with a context a task"),
         ("--questions", 8, "keys of a `multikey` context"),
+        ("--repeats", 1, "contexts a document for each task with one question a context"),
         ("--seed", 0, "of needles and their places"),
     ):
         parser.add_argument(
@@ -284,6 +285,7 @@ def _eval(args: argparse.Namespace) -> int:
             context=args.context,
             documents=args.documents,
             questions=args.questions,
+            repeats=args.repeats,
             text=args.text,
             out=args.out,
             device=args.device,

@@ -52,6 +52,7 @@ class Options:
     context: int = 7168
     documents: int = 8
     questions: int = 8
+    repeats: int = 1
     text: Sequence[Path] = ()
     out: Path = field(default_factory=lambda: Path("eval"))
     device: str | None = None
@@ -87,6 +88,7 @@ def check(options: Options) -> None:
     for option, value, highest in (
         ("--documents", options.documents, 1 << 20),
         ("--questions", options.questions, MAX_NEEDLES),
+        ("--repeats", options.repeats, 1 << 10),
         ("--context", options.context, 1 << 24),
     ):
         if not 1 <= value <= highest:
@@ -137,6 +139,7 @@ def evaluate(options: Options) -> dict[str, Any]:
             "context": options.context,
             "documents": options.documents,
             "questions": options.questions,
+            "repeats": options.repeats,
             "text": [file.name for file in options.text] or "Python's manuals",
             "text_sha256": fingerprint_of_texts(texts),
             "seed": options.seed,
@@ -155,7 +158,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     for number in range(done, options.documents):
         for _ in contexts(options, texts[number], number, tokenizer, first, span):
             pass  # a text that will not do is refused before hours of work
-    total = (options.documents - done) * len(forms) * prefills(options.tasks)
+    total = (options.documents - done) * len(forms) * prefills(options)
     with tqdm(total=total, desc="eval", unit="cache", disable=None) as bar:
         for number in range(done, options.documents):
             began = time.perf_counter()
