@@ -129,12 +129,12 @@ def _add_calibrate(commands: Commands) -> None:
         "--text", type=Path, metavar="FILE", help="UTF-8; default: Python's language reference"
     )
     targets = [name for name in recipe.TARGETS if name != "lossless"]
-    parser.add_argument("--target", choices=targets, default="balanced")
+    parser.add_argument("--target", choices=targets, help="default: balanced")
     parser.add_argument(
         "--bits",
         type=float,
         metavar="B",
-        help="average bits of a K or V value in sealed pages, instead of the target's",
+        help="average bits of a K or V value in sealed pages, instead of a target",
     )
     for option, default, choices in (
         ("--page-size", recipe.DEFAULT_PAGE_SIZE, recipe.PAGE_SIZES),
@@ -165,13 +165,15 @@ def _add_calibrate(commands: Commands) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
+    if args.target is not None and args.bits is not None:
+        raise ValueError("--bits asks for what --target would: give one of them.")
     from fourier_vllm.calibration.calibrate import Options, run
 
     return run(
         Options(
             model=args.model,
             text=args.text,
-            target=args.target,
+            target=args.target or "balanced",
             bits=args.bits,
             page_size=args.page_size,
             local_window=args.local_window,
