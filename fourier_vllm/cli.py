@@ -126,8 +126,13 @@ def _add_calibrate(commands: Commands) -> None:
     parser = commands.add_parser("calibrate", help=text, description=text)
     parser.add_argument("model", help="Hugging Face folder or Hub id")
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="UTF-8; default: Python's language reference"
+        "--text",
+        type=Path,
+        metavar="FILE|DATASET",
+        help="UTF-8 file, folder of data files, or OWNER/NAME[:CONFIG] on the Hugging Face Hub;"
+        " default: Python's language reference",
     )
+    parser.add_argument("--text-column", metavar="NAME", help="of a dataset; default: text")
     targets = [name for name in recipe.TARGETS if name != "lossless"]
     parser.add_argument("--target", choices=targets, help="default: balanced")
     parser.add_argument(
@@ -173,6 +178,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         Options(
             model=args.model,
             text=args.text,
+            text_column=args.text_column,
             target=args.target or "balanced",
             bits=args.bits,
             page_size=args.page_size,

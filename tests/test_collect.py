@@ -555,7 +555,6 @@ def test_what_cannot_be_met_is_said_before_anything_is_measured(folder, capsys, 
     ("options", "message"),
     [
         (["--text", "missing"], "cannot be read \\(No such file"),
-        (["--text", "."], "is not a file"),
         (["--text", "binary"], "is not UTF-8 \\(at byte 0\\)"),
         (["--text", "short"], "text has 3 tokens"),
         (["--tokens", "64"], "--tokens must be at least 256"),

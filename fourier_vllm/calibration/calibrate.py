@@ -12,11 +12,12 @@ from pathlib import Path
 from fourier_vllm._json import RecipeError
 from fourier_vllm._text import show
 from fourier_vllm.calibration.collect import collect
+from fourier_vllm.calibration.dataset import DEFAULT_COLUMN, find_dataset, read_dataset
 from fourier_vllm.calibration.model import digest_of, fingerprint_of, load, max_tokens, model_name
 from fourier_vllm.calibration.progress import Progress
 from fourier_vllm.calibration.spend import Pages, check_budget, spend
 from fourier_vllm.calibration.statistics import LayerStatistics
-from fourier_vllm.calibration.text import DOCUMENT_TOKENS, cut, read_text
+from fourier_vllm.calibration.text import DOCUMENT_TOKENS, MAX_BYTES, cut, read_text
 from fourier_vllm.calibration.weights import weight_recipe
 from fourier_vllm.inspection import ratio_of
 from fourier_vllm.recipe import (
@@ -30,6 +31,8 @@ from fourier_vllm.recipe import (
     Recipe,
 )
 
+CHARS_A_TOKEN = 8  # read from a dataset; most tokenizers and languages need half of it
+
 
 @dataclass(frozen=True)
 class Options:
@@ -37,6 +40,7 @@ class Options:
 
     model: str
     text: Path | None = None
+    text_column: str | None = None
     target: str = "balanced"
     bits: float | None = None
     page_size: int = DEFAULT_PAGE_SIZE
@@ -77,7 +81,7 @@ def calibrate(options: Options, progress: Path) -> Recipe:
     ValueError
         Model, text or target cannot be used; a RecipeError where it is the target.
     """
-    name, text = read_text(options.text)
+    name, text = text_of(options)
     model, tokenizer = load(options.model)
     fingerprint, aim = fingerprint_of(model), TARGETS[options.target]
     ratio = ratio_asked(options)
@@ -121,6 +125,23 @@ def calibrate(options: Options, progress: Path) -> Recipe:
     exact, (loss,) = held_out(model, tokenizer, [recipe])
     measured = {"kl": round(loss.kl, 5), "nll": round(loss.nll - exact, 5)}
     return recipe.model_copy(update={"provenance": provenance.model_copy(update=measured)})
+
+
+def text_of(options: Options) -> tuple[str, str]:
+    """Name and content of the calibration text.
+
+    Raises
+    ------
+    ValueError
+        It cannot be read.
+    """
+    dataset = None if options.text is None else find_dataset(options.text)
+    if dataset is not None:
+        chars = min(CHARS_A_TOKEN * options.tokens, MAX_BYTES)
+        return dataset.name, read_dataset(dataset, options.text_column or DEFAULT_COLUMN, chars)
+    if options.text_column is not None:
+        raise ValueError("--text-column is for datasets: leave it out, or give one as --text.")
+    return read_text(options.text)
 
 
 def measured_recipe(
