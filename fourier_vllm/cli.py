@@ -126,15 +126,20 @@ def _add_calibrate(commands: Commands) -> None:
     parser = commands.add_parser("calibrate", help=text, description=text)
     parser.add_argument("model", help="Hugging Face folder or Hub id")
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="UTF-8; default: Python's language reference"
+        "--text",
+        type=Path,
+        metavar="FILE|DATASET",
+        help="UTF-8 file, folder of data files, or OWNER/NAME[:CONFIG] on the Hugging Face Hub;"
+        " default: Python's language reference",
     )
+    parser.add_argument("--text-column", metavar="NAME", help="of a dataset; default: text")
     targets = [name for name in recipe.TARGETS if name != "lossless"]
-    parser.add_argument("--target", choices=targets, default="balanced")
+    parser.add_argument("--target", choices=targets, help="default: balanced")
     parser.add_argument(
         "--bits",
         type=float,
         metavar="B",
-        help="average bits of a K or V value in sealed pages, instead of the target's",
+        help="average bits of a K or V value in sealed pages, instead of a target",
     )
     for option, default, choices in (
         ("--page-size", recipe.DEFAULT_PAGE_SIZE, recipe.PAGE_SIZES),
@@ -165,13 +170,16 @@ def _add_calibrate(commands: Commands) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
+    if args.target is not None and args.bits is not None:
+        raise ValueError("--bits asks for what --target would: give one of them.")
     from fourier_vllm.calibration.calibrate import Options, run
 
     return run(
         Options(
             model=args.model,
             text=args.text,
-            target=args.target,
+            text_column=args.text_column,
+            target=args.target or "balanced",
             bits=args.bits,
             page_size=args.page_size,
             local_window=args.local_window,
