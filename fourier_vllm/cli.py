@@ -128,6 +128,9 @@ def _add_calibrate(commands: Commands) -> None:
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8; default: Python's language reference"
     )
+    parser.add_argument(
+        "--own-text", action="store_true", help="calibrate on what the model writes by itself"
+    )
     targets = [name for name in recipe.TARGETS if name != "lossless"]
     parser.add_argument("--target", choices=targets, default="balanced")
     parser.add_argument(
@@ -165,12 +168,15 @@ def _add_calibrate(commands: Commands) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
+    if args.own_text and args.text is not None:
+        raise ValueError("--own-text takes the place of --text: give one of them.")
     from fourier_vllm.calibration.calibrate import Options, run
 
     return run(
         Options(
             model=args.model,
             text=args.text,
+            own_text=args.own_text,
             target=args.target,
             bits=args.bits,
             page_size=args.page_size,

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from fourier_vllm._json import RecipeError
 from fourier_vllm._text import show
+from fourier_vllm.calibration import own_text
 from fourier_vllm.calibration.collect import collect
 from fourier_vllm.calibration.model import fingerprint_of, load, max_tokens, model_name
 from fourier_vllm.calibration.progress import Progress
@@ -37,6 +41,7 @@ class Options:
 
     model: str
     text: Path | None = None
+    own_text: bool = False
     target: str = "balanced"
     bits: float | None = None
     page_size: int = DEFAULT_PAGE_SIZE
@@ -56,7 +61,8 @@ def run(options: Options) -> int:
     progress = output.expanduser().with_name(output.name + ".progress.npz")
     recipe = calibrate(options, progress)
     recipe.save(output)
-    progress.unlink(missing_ok=True)
+    for kept in (progress, text_file(progress)):
+        kept.unlink(missing_ok=True)
     kl, nll = recipe.provenance.kl, recipe.provenance.nll
     cost = "" if kl is None or nll is None else f", KL {kl:.4f} and NLL {nll:+.4f} nats a token"
     print(f"{output}: {ratio_of(recipe):.2f} times smaller{cost}")
@@ -76,10 +82,13 @@ def calibrate(options: Options, progress: Path) -> Recipe:
     ValueError
         Model, text or target cannot be used; a RecipeError where it is the target.
     """
-    name, text = read_text(options.text)
+    text = None if options.own_text else read_text(options.text)
     model, tokenizer = load(options.model)
-    longest = min(DOCUMENT_TOKENS, max_tokens(model))
-    documents = cut(tokenizer, text, options.tokens, options.page_size, longest)
+    if text is None:
+        documents = own_documents(options, model, tokenizer, text_file(progress))
+    else:
+        longest = min(DOCUMENT_TOKENS, max_tokens(model))
+        documents = cut(tokenizer, text[1], options.tokens, options.page_size, longest)
     sizes = (
         options.page_size,
         TARGETS[options.target].coefficients(options.page_size),
@@ -99,7 +108,7 @@ def calibrate(options: Options, progress: Path) -> Recipe:
     )
     provenance = Provenance(
         source="calibrated",
-        text=name,
+        text=own_text.NAME if text is None else text[0],
         tokens=sum(map(len, documents)),
         date=datetime.now(timezone.utc).date().isoformat(),
         tool=f"fourier-vllm {_version()}",
@@ -113,6 +122,23 @@ def calibrate(options: Options, progress: Path) -> Recipe:
     exact, (loss,) = held_out(model, tokenizer, [recipe])
     measured = {"kl": round(loss.kl, 5), "nll": round(loss.nll - exact, 5)}
     return recipe.model_copy(update={"provenance": provenance.model_copy(update=measured)})
+
+
+def own_documents(options: Options, model: Any, tokenizer: Any, kept: Path) -> list[Tensor]:
+    """Text that the model writes, or what it wrote before an interruption into `kept`."""
+    longest = min(own_text.OWN_DOCUMENT_TOKENS, max_tokens(model))
+    sizes = (options.tokens, options.page_size, longest)
+    return own_text.write_once(
+        kept,
+        model_name(options.model),
+        sizes,
+        write=lambda: own_text.write(model, tokenizer, *sizes),
+    )
+
+
+def text_file(progress: Path) -> Path:
+    """Where the model's own text is kept, beside the sums over it."""
+    return progress.with_suffix(".text.npz")
 
 
 def measured_recipe(
