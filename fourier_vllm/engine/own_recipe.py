@@ -100,8 +100,8 @@ def _make(path: Path, model: str, arguments: list[str]) -> None:
         if path.exists():  # another process has just made it
             return
         logger.info(
-            "fourier: recipe own-text: %s writes text and is calibrated on it, once; this takes a "
-            "few minutes on a GPU, on a CPU much longer (%s)",
+            "fourier: recipe own-text: %s writes text and is calibrated on it, once; this takes "
+            "minutes on a GPU, on a CPU much longer (%s)",
             model_name(model),
             path,
         )
