@@ -133,6 +133,9 @@ def _add_calibrate(commands: Commands) -> None:
         " default: Python's language reference",
     )
     parser.add_argument("--text-column", metavar="NAME", help="of a dataset; default: text")
+    parser.add_argument(
+        "--own-text", action="store_true", help="calibrate on what the model writes by itself"
+    )
     targets = [name for name in recipe.TARGETS if name != "lossless"]
     parser.add_argument("--target", choices=targets, help="default: balanced")
     parser.add_argument(
@@ -172,6 +175,8 @@ def _add_calibrate(commands: Commands) -> None:
 def _calibrate(args: argparse.Namespace) -> int:
     if args.target is not None and args.bits is not None:
         raise ValueError("--bits asks for what --target would: give one of them.")
+    if args.own_text and (args.text is not None or args.text_column is not None):
+        raise ValueError("--own-text takes the place of --text: give one of them.")
     from fourier_vllm.calibration.calibrate import Options, run
 
     return run(
@@ -179,6 +184,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             model=args.model,
             text=args.text,
             text_column=args.text_column,
+            own_text=args.own_text,
             target=args.target or "balanced",
             bits=args.bits,
             page_size=args.page_size,

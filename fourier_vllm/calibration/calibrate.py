@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from fourier_vllm._json import RecipeError
 from fourier_vllm._text import show
+from fourier_vllm.calibration import own_text
 from fourier_vllm.calibration.collect import collect
 from fourier_vllm.calibration.dataset import DEFAULT_COLUMN, find_dataset, read_dataset
 from fourier_vllm.calibration.model import digest_of, fingerprint_of, load, max_tokens, model_name
@@ -41,6 +45,7 @@ class Options:
     model: str
     text: Path | None = None
     text_column: str | None = None
+    own_text: bool = False
     target: str = "balanced"
     bits: float | None = None
     page_size: int = DEFAULT_PAGE_SIZE
@@ -61,7 +66,8 @@ def run(options: Options) -> int:
     progress = output.expanduser().with_name(output.name + ".progress.npz")
     recipe = calibrate(options, progress)
     recipe.save(output)
-    progress.unlink(missing_ok=True)
+    for kept in (progress, text_file(progress)):
+        kept.unlink(missing_ok=True)
     kl, nll = recipe.provenance.kl, recipe.provenance.nll
     cost = "" if kl is None or nll is None else f", KL {kl:.4f} and NLL {nll:+.4f} nats a token"
     print(f"{output}: {ratio_of(recipe):.2f} times smaller{cost}")
@@ -81,7 +87,7 @@ def calibrate(options: Options, progress: Path) -> Recipe:
     ValueError
         Model, text or target cannot be used; a RecipeError where it is the target.
     """
-    name, text = text_of(options)
+    text = None if options.own_text else text_of(options)
     model, tokenizer = load(options.model)
     fingerprint, aim = fingerprint_of(model), TARGETS[options.target]
     ratio = ratio_asked(options)
@@ -89,8 +95,11 @@ def calibrate(options: Options, progress: Path) -> Recipe:
         shape = (fingerprint.num_kv_heads, fingerprint.head_size, options.page_size)
         pages = Pages(*shape, aim.coefficients(options.page_size), aim.coefficient_bits)
         check_budget(pages, ratio, shards(options, fingerprint))
-    longest = min(DOCUMENT_TOKENS, max_tokens(model))
-    documents = cut(tokenizer, text, options.tokens, options.page_size, longest)
+    if text is None:
+        documents = own_documents(options, model, tokenizer, text_file(progress))
+    else:
+        longest = min(DOCUMENT_TOKENS, max_tokens(model))
+        documents = cut(tokenizer, text[1], options.tokens, options.page_size, longest)
     sizes = (
         options.page_size,
         aim.coefficients(options.page_size),
@@ -111,7 +120,7 @@ def calibrate(options: Options, progress: Path) -> Recipe:
     )
     provenance = Provenance(
         source="calibrated",
-        text=name,
+        text=own_text.NAME if text is None else text[0],
         tokens=sum(map(len, documents)),
         date=datetime.now(timezone.utc).date().isoformat(),
         tool=f"fourier-vllm {_version()}",
@@ -142,6 +151,24 @@ def text_of(options: Options) -> tuple[str, str]:
     if options.text_column is not None:
         raise ValueError("--text-column is for datasets: leave it out, or give one as --text.")
     return read_text(options.text)
+
+
+def own_documents(options: Options, model: Any, tokenizer: Any, kept: Path) -> list[Tensor]:
+    """Text that the model writes, or what it wrote before an interruption into `kept`."""
+    longest = min(own_text.OWN_DOCUMENT_TOKENS, max_tokens(model))
+    sizes = (options.tokens, options.page_size, longest)
+    return own_text.write_once(
+        kept,
+        model_name(options.model),
+        digest_of(model),
+        sizes,
+        write=lambda: own_text.write(model, tokenizer, *sizes),
+    )
+
+
+def text_file(progress: Path) -> Path:
+    """Where the model's own text is kept, beside the sums over it."""
+    return progress.with_suffix(".text.npz")
 
 
 def measured_recipe(
