@@ -1,0 +1,229 @@
+"""Decode attention of one layer and sealing: ours, the floor, and FlashAttention 3 over raw paged KV.
+
+    python benchmarks/kernels.py [--quick] [--out benchmarks/results/decode.json]
+
+Needs a GPU. Every time is the median of runs with a cold L2 cache, of a captured graph of all launches;
+the floor is the bytes that must be read over the copy bandwidth measured in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourier_vllm.calibration.allocate import allocate_bits, page_budget
+from fourier_vllm.evaluation.machine import commit, machine, versions
+from fourier_vllm.kernels import decode, decode_raw, reduce, seal
+from fourier_vllm.kernels.tables import Tables
+from fourier_vllm.page import PageLayout
+
+ROOT = Path(__file__).resolve().parent.parent
+W, SINKS, WINDOW, BLOCK = 128, 16, 256, 16
+SHAPES = {"llama-3.1-8b": (32, 8, 128), "qwen3-like": (64, 8, 128), "smollm2-like": (9, 3, 64)}
+BATCHES, CONTEXTS = (1, 8, 32, 128), (4096, 32768, 131072)
+MAX_BYTES = 40 << 30
+DISTINCT_PAGES = 64
+
+
+class Timer:
+    """Median and spread of graph replays, microseconds, each after L2 was overwritten."""
+
+    def __init__(self, repeats: int = 30):
+        self.repeats = repeats
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, step: Callable[[], Any]) -> tuple[float, float]:
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        times = []
+        for _ in range(self.repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.flush.zero_()
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(1000 * begin.elapsed_time(end))
+        at = torch.tensor(times).quantile(torch.tensor([0.1, 0.5, 0.9]))
+        return float(at[1]), float(at[2] - at[0])
+
+
+def copy_bandwidth(timer: Timer) -> float:
+    """Bytes a microsecond that are read while a large tensor is copied; as many are written."""
+    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / timer(lambda: target.copy_(source))[0]
+
+
+def balanced_layout(H: int, D: int) -> PageLayout:
+    """Pages 6.3 times smaller, with bits as uneven as calibration makes them."""
+    damage = torch.empty(H, D).log_normal_(0, 2, generator=torch.Generator().manual_seed(0))
+    budget = page_budget(6.3, W, H, D, 2, 4, 8)
+    bits = [row for head in damage.chunk(H) for row in allocate_bits(head, budget // H, W).tolist()]
+    return PageLayout.build(
+        bits, 2, head_size=D, page_size=W, coefficients=4, coefficient_bits=8, itemsize=2
+    )
+
+
+class Decode:
+    """One decode step of one layer: every request has `context` tokens."""
+
+    def __init__(self, Hq: int, H: int, D: int, batch: int, context: int):
+        self.layout = balanced_layout(H, D)
+        self.tables = Tables.build(self.layout, "cuda")
+        self.scale, self.batch = D**-0.5, batch
+        per = (context - WINDOW) // W
+        self.num_bytes = batch * per * self.layout.page_bytes
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+        def numbers(*values: int) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+        self.q = random(batch, Hq, D)
+        sealed = torch.zeros(
+            DISTINCT_PAGES, self.layout.page_bytes, dtype=torch.uint8, device="cuda"
+        )
+        k, v = random(DISTINCT_PAGES * W, H, D), random(DISTINCT_PAGES * W, H, D)
+        self.seal_args = (self.tables, k, v)
+        ids = torch.arange(DISTINCT_PAGES, dtype=torch.int32, device="cuda")[None]
+        blocks = -(-context // BLOCK)
+        live = SINKS // BLOCK + -(-(context - per * W) // BLOCK)
+        self.local = random(batch * live + 1, H, BLOCK, 2 * D)
+        seal.seal(self.tables, k, v, self.local, ids, sealed, ids, numbers(len(k)),
+                  numbers(0, len(k)), len(k), 0)  # fmt: skip
+        order = torch.randint(0, DISTINCT_PAGES, (batch * per,), generator=generator, device="cuda")
+        self.pages = sealed[order]
+        shuffled = torch.randperm(batch * per, generator=generator, device="cuda")
+        self.page_table = shuffled.view(batch, per).int()
+        table = torch.zeros(batch, blocks, dtype=torch.int32, device="cuda")
+        used = torch.randperm(batch * live, generator=generator, device="cuda").view(batch, live)
+        table[:, : SINKS // BLOCK] = used[:, : SINKS // BLOCK]
+        table[:, per * W // BLOCK :] = used[:, SINKS // BLOCK :]
+        self.table = table
+        self.num_pages = numbers(*[per] * batch)
+        self.gaps = numbers(*[0] * batch)
+        self.seq_lens = numbers(*[context] * batch)
+        self.starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+        rows = batch * H
+        self.splits = max(1, min(per, -(-264 // rows)))
+        self.raw_splits = 2 if rows < 132 else 1
+        parts = self.splits + self.raw_splits
+        self.acc = torch.empty(batch, Hq, parts, D, device="cuda")
+        self.lse = torch.empty(batch, Hq, parts, device="cuda")
+        self.out = torch.empty_like(self.q)
+
+    def pages_only(self) -> None:
+        decode.attend_pages(
+            self.tables, self.q, self.pages, self.page_table, self.num_pages, self.starts, 1,
+            self.scale, SINKS, self.acc, self.lse, self.splits, self.seq_lens, self.gaps, WINDOW,
+        )  # fmt: skip
+
+    def step(self) -> None:
+        self.pages_only()
+        decode_raw.attend_raw(
+            self.q, self.local, self.table, self.num_pages, self.gaps, self.seq_lens, self.starts,
+            1, self.scale, SINKS, WINDOW, W, self.acc, self.lse, self.splits, self.raw_splits,
+        )  # fmt: skip
+        reduce.reduce(self.tables, self.acc, self.lse, self.splits, self.out, None)
+
+    def seal_nothing(self) -> None:
+        tables, k, v = self.seal_args
+        B = self.batch
+        seal.seal(
+            tables, k[:B], v[:B], self.local, self.table, self.pages, self.page_table,
+            self.seq_lens + 1, self.starts, 1, SINKS,
+        )  # fmt: skip
+
+
+def flash_attention(timer: Timer, Hq: int, H: int, D: int, batch: int, context: int, fp8: bool):
+    """FlashAttention 3 as vLLM ships it, over paged raw KV; None where it is not installed."""
+    try:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    blocks = batch * context // BLOCK
+    kv = torch.empty(2, blocks, BLOCK, H, D, dtype=torch.bfloat16, device="cuda")
+    kv = kv.normal_().to(dtype)
+    table = torch.randperm(blocks, device="cuda").view(batch, -1).int()
+    q = torch.randn(batch, Hq, D, device="cuda", dtype=torch.bfloat16).to(dtype)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+    lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+    options: dict[str, Any] = {}
+    if fp8:
+        one = torch.ones(batch, H, device="cuda")
+        options = {"q_descale": one, "k_descale": one, "v_descale": one}
+
+    def step() -> None:
+        flash_attn_varlen_func(
+            q, kv[0], kv[1], max_seqlen_q=1, cu_seqlens_q=starts, max_seqlen_k=context,
+            seqused_k=lens, block_table=table, causal=True, softmax_scale=D**-0.5, fa_version=3,
+            **options,
+        )  # fmt: skip
+
+    try:
+        return timer(step)[0]
+    except RuntimeError as error:
+        print(f"FlashAttention 3 does not run: {error}")
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the four cases of the goals")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/decode.json")
+    args = parser.parse_args()
+    timer = Timer()
+    bandwidth = copy_bandwidth(timer)
+    print(f"{torch.cuda.get_device_name()}: copies {bandwidth / 1e6:.2f} TB/s")
+    shapes = list(SHAPES.items())[: 1 if args.quick else None]
+    cases = [(n, s, b, c) for n, s in shapes for b in BATCHES for c in CONTEXTS]
+    if args.quick:
+        goals = {(8, 32768), (32, 32768), (1, 131072), (128, 4096)}
+        cases = [case for case in cases if case[2:] in goals]
+    rows = []
+    for name, (Hq, H, D), batch, context in cases:
+        if 4 * batch * context * H * D > MAX_BYTES:
+            continue
+        case = Decode(Hq, H, D, batch, context)
+        ours, spread = timer(case.step)
+        pages = timer(case.pages_only)[0]
+        idle = timer(case.seal_nothing)[0]
+        floor = case.num_bytes / bandwidth
+        row = {
+            "shape": name,
+            "batch": batch,
+            "context": context,
+            "recipe": "balanced",
+            "ours_us": ours,
+            "spread_us": spread,
+            "pages_us": pages,
+            "seal_nothing_us": idle,
+            "floor_us": floor,
+            "share_of_bandwidth": floor / pages,
+        }
+        del case
+        row["fa3_bf16_us"] = flash_attention(timer, Hq, H, D, batch, context, fp8=False)
+        row["fa3_fp8_us"] = flash_attention(timer, Hq, H, D, batch, context, fp8=True)
+        row["turboquant_us"] = None
+        row |= {"gpu": torch.cuda.get_device_name(), "commit": commit()}
+        rows.append(row)
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        torch.cuda.empty_cache()
+    args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    print(machine("cuda"), versions())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Split-KV attention over sealed pages: partial outputs and log-sum-exps for `reduce`.
+
+A program takes one request, KV head, tile of query rows and share of the pages. Lengths are read on the
+device, so one grid fits every step of a shape. M rows are the G query heads of each query token.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fourier_vllm.kernels.page_attention import (
+    channel_values,
+    column_scores,
+    raw_scores,
+    spectral_scores,
+    token_values,
+)
+from fourier_vllm.kernels.tables import Tables, next_power_of_2
+
+LOG2_E = 1.4426950408889634
+TL_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+@triton.jit
+def first_raw(b_n, num_pages, gap_pages, L, W: tl.constexpr):
+    """Pages that query tokens which see `b_n` tokens read; everything behind them is read raw."""
+    return tl.minimum(num_pages, tl.maximum(gap_pages, tl.maximum(b_n - L, 0) // W))
+
+
+@triton.jit
+def pages_kernel(
+    p_q, p_pages, p_page_table, p_num_pages, p_gap_pages, p_seq_lens, p_query_start, p_acc, p_lse,
+    p_basis,
+    p_k_column_start, p_k_column_dim, p_k_column_coded, p_k_column_level, p_k_raw_start, p_k_raw_dim,
+    p_v_column_start, p_v_column_dim, p_v_column_coded, p_v_column_level, p_v_raw_start, p_v_raw_dim,
+    ok_coef, ok_coef_scale, ok_raw, ok_codes, ok_scale, ok_zero,
+    ov_coef, ov_coef_scale, ov_raw, ov_codes, ov_scale, ov_zero, ov_high,
+    stride_q, stride_page, stride_table, q_scale, S, L, M, num_splits,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr,
+    MC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+    CAUSAL: tl.constexpr, V_BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+    K_SMALL: tl.constexpr, K_CODES: tl.constexpr, K_RAW: tl.constexpr,
+    V_SMALL: tl.constexpr, V_CODES: tl.constexpr, V_RAW: tl.constexpr,
+):  # fmt: skip
+    QW: tl.constexpr = W // 4
+    i_h, i_b = tl.program_id(1), tl.program_id(2)
+    i_m, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    start = tl.load(p_query_start + i_b)
+    num_queries = tl.load(p_query_start + i_b + 1) - start
+    if i_m * BM >= num_queries * G:
+        return
+    o_m = i_m * BM + tl.arange(0, BM)
+    m_row = o_m < num_queries * G
+    o_t, o_g = o_m // G, i_h * G + o_m % G
+    o_row = (start + o_t).to(tl.int64) * stride_q + o_g * D
+    o_d = tl.arange(0, BD)
+    m_q = m_row[:, None] & (o_d < D)[None, :]
+    b_q = tl.load(p_q + o_row[:, None] + o_d[None, :], mask=m_q, other=0.0).to(tl.float32) * q_scale
+
+    num_pages = tl.load(p_num_pages + i_b)
+    b_end = tl.full([BM], 0, tl.int32) + num_pages
+    if CAUSAL:
+        b_n = tl.load(p_seq_lens + i_b) - num_queries + 1 + o_t
+        b_end = first_raw(b_n, num_pages, tl.load(p_gap_pages + i_b), L, W)
+    share = tl.cdiv(num_pages, SPLITS)
+    b_max = tl.full([BM], -float("inf"), tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    b_acc = tl.zeros([BM, BD], tl.float32)
+    o_j = tl.arange(0, QW)
+    for i_p in range(i_s * share, tl.minimum(num_pages, (i_s + 1) * share)):
+        page = tl.load(p_page_table + i_b.to(tl.int64) * stride_table + i_p).to(tl.int64)
+        p_page = p_pages + page * stride_page
+        if MC > 0:
+            b_s0, b_s1, b_s2, b_s3 = spectral_scores(
+                b_q, p_basis, p_page, i_h, ok_coef, ok_coef_scale, M, MC, D, BD, QW, K_SMALL, DTYPE
+            )
+        else:
+            b_s0 = tl.zeros([BM, QW], tl.float32)
+            b_s1, b_s2, b_s3 = b_s0, b_s0, b_s0
+        if K_CODES:
+            b_s0, b_s1, b_s2, b_s3 = column_scores(
+                b_s0, b_s1, b_s2, b_s3, p_q, o_row, m_row, q_scale, p_page, i_h,
+                p_k_column_start, p_k_column_dim, p_k_column_coded, p_k_column_level,
+                ok_codes, ok_scale, ok_zero, QW, BN, ASM,
+            )  # fmt: skip
+        if K_RAW:
+            b_s0, b_s1, b_s2, b_s3 = raw_scores(
+                b_s0, b_s1, b_s2, b_s3, p_q, o_row, m_row, q_scale, p_page, i_h,
+                p_k_raw_start, p_k_raw_dim, ok_raw, QW, BN, DTYPE,
+            )  # fmt: skip
+        m_s = (i_p < b_end)[:, None]
+        o_w = i_p * W + o_j
+        b_s0 = tl.where(m_s & (o_w >= S)[None, :], b_s0, -float("inf"))
+        b_s1 = tl.where(m_s & (o_w + QW >= S)[None, :], b_s1, -float("inf"))
+        b_s2 = tl.where(m_s & (o_w + 2 * QW >= S)[None, :], b_s2, -float("inf"))
+        b_s3 = tl.where(m_s & (o_w + 3 * QW >= S)[None, :], b_s3, -float("inf"))
+        b_new = tl.maximum(
+            tl.maximum(tl.max(b_s0, 1), tl.max(b_s1, 1)),
+            tl.maximum(tl.max(b_s2, 1), tl.max(b_s3, 1)),
+        )
+        b_new = tl.maximum(b_max, b_new)
+        b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
+        b_old = tl.exp2(b_max - b_safe)
+        b_p0 = tl.exp2(b_s0 - b_safe[:, None])
+        b_p1 = tl.exp2(b_s1 - b_safe[:, None])
+        b_p2 = tl.exp2(b_s2 - b_safe[:, None])
+        b_p3 = tl.exp2(b_s3 - b_safe[:, None])
+        b_sum = b_sum * b_old + tl.sum(b_p0, 1) + tl.sum(b_p1, 1) + tl.sum(b_p2, 1)
+        b_sum += tl.sum(b_p3, 1)
+        b_acc *= b_old[:, None]
+        b_max = b_new
+        if V_BITS > 0:
+            b_acc = token_values(b_acc, b_p0, 0, p_page, i_h, H, ov_codes, ov_high, ov_scale,
+                                 ov_zero, D, BD, QW, V_BITS, DTYPE, ASM)  # fmt: skip
+            b_acc = token_values(b_acc, b_p1, 1, p_page, i_h, H, ov_codes, ov_high, ov_scale,
+                                 ov_zero, D, BD, QW, V_BITS, DTYPE, ASM)  # fmt: skip
+            b_acc = token_values(b_acc, b_p2, 2, p_page, i_h, H, ov_codes, ov_high, ov_scale,
+                                 ov_zero, D, BD, QW, V_BITS, DTYPE, ASM)  # fmt: skip
+            b_acc = token_values(b_acc, b_p3, 3, p_page, i_h, H, ov_codes, ov_high, ov_scale,
+                                 ov_zero, D, BD, QW, V_BITS, DTYPE, ASM)  # fmt: skip
+        else:
+            b_acc = channel_values(
+                b_acc, b_p0, b_p1, b_p2, b_p3, p_basis, p_page, i_h,
+                p_v_column_start, p_v_column_dim, p_v_column_coded, p_v_column_level,
+                p_v_raw_start, p_v_raw_dim, ov_coef, ov_coef_scale, ov_raw, ov_codes, ov_scale,
+                ov_zero, M, MC, D, BD, QW, BN, V_SMALL, V_CODES, V_RAW, DTYPE,
+            )  # fmt: skip
+    b_some = tl.where(b_sum > 0, b_sum, 1.0)
+    o_o = ((start + o_t).to(tl.int64) * (H * G) + o_g) * num_splits + i_s
+    p_out = p_acc + o_o[:, None] * D + o_d[None, :]
+    tl.store(p_out, b_acc / b_some[:, None], mask=m_q)
+    b_lse = tl.where(b_sum > 0, b_max + tl.log2(b_some), -float("inf"))
+    tl.store(p_lse + o_o, b_lse, mask=m_row)
+
+
+def attend_pages(
+    tables: Tables,
+    q: Tensor,
+    pages: Tensor,
+    page_table: Tensor,
+    num_pages: Tensor,
+    query_start_loc: Tensor,
+    max_query_len: int,
+    sm_scale: float,
+    sink_tokens: int,
+    acc: Tensor,
+    lse: Tensor,
+    splits: int,
+    seq_lens: Tensor | None = None,
+    gap_pages: Tensor | None = None,
+    local_window: int = 0,
+) -> None:
+    """Partial attention of every query token over the pages it reads.
+
+    Parameters
+    ----------
+    q : Tensor [T, Hq, D]
+        16 bits or float32; a row's heads contiguous.
+    pages : Tensor [blocks, page_bytes], uint8
+        A block may be wider than a page.
+    page_table, num_pages : Tensor [B, max_pages], [B], int32
+        Pages of each request.
+    query_start_loc : Tensor [B + 1], int32
+        First query token of each request; a request may have none.
+    max_query_len : int
+        Query tokens of a request, at most.
+    sink_tokens : int
+        First tokens of a request, which are not read from pages.
+    acc, lse : Tensor [T, Hq, n, D], [T, Hq, n], float32
+        The first `splits` of n parts are written: normalised outputs (in V's rotated basis) and base-2
+        log-sum-exps, -inf where there is nothing.
+    seq_lens, gap_pages : Tensor [B], int32, optional
+        Tokens of each request, its queries included: query tokens read pages as their own lengths say,
+        and at least `gap_pages`. Without them all read `num_pages`.
+    local_window : int
+        L, with `seq_lens`.
+    """
+    _, Hq, D = q.shape
+    layout = tables.layout
+    H, W, m = layout.num_kv_heads, layout.page_size, layout.coefficients
+    G, B = Hq // H, len(num_pages)
+    rows = max_query_len * G
+    BM = min(64, next_power_of_2(rows))
+    k, v = tables.k, tables.v
+    high = tables.v_offsets[1]
+    if tables.v_bits:
+        codes, _, scale, zero = tables.v_offsets
+        v_planes = (0, 0, 0, codes, scale, zero)
+    else:
+        v_planes = v.offsets
+    grid = (triton.cdiv(rows, BM) * splits, H, B)
+    pages_kernel[grid](
+        q, pages, page_table, num_pages,
+        num_pages if gap_pages is None else gap_pages,
+        num_pages if seq_lens is None else seq_lens,
+        query_start_loc, acc, lse, tables.basis,
+        *k.tensors(), *v.tensors(), *k.offsets, *v_planes, high,
+        q.stride(0), pages.stride(0), page_table.stride(0), sm_scale * LOG2_E, sink_tokens,
+        local_window, m, acc.shape[2],
+        H=H, G=G, D=D, BD=next_power_of_2(D), W=W, MC=len(tables.basis) if m else 0, BM=BM, BN=32,
+        SPLITS=splits, CAUSAL=seq_lens is not None, V_BITS=tables.v_bits,
+        DTYPE=TL_DTYPES[q.dtype], ASM=q.is_cuda and torch.version.hip is None,
+        K_SMALL=k.small_coefficients, K_CODES=k.has_codes, K_RAW=k.has_raw,
+        V_SMALL=v.small_coefficients, V_CODES=v.has_codes, V_RAW=v.has_raw,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip

@@ -1,0 +1,125 @@
+"""Split-KV attention over the raw tokens of the local cache: the pinned first ones and the window."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fourier_vllm.kernels.decode import LOG2_E, TL_DTYPES, first_raw
+from fourier_vllm.kernels.tables import next_power_of_2
+
+
+@triton.jit
+def raw_kernel(
+    p_q, p_local, p_block_table, p_num_pages, p_gap_pages, p_seq_lens, p_query_start, p_acc, p_lse,
+    stride_q, stride_block, stride_head, stride_token, stride_table, q_scale, S, L,
+    first_split, num_splits,
+    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    BM: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    i_h, i_b = tl.program_id(1), tl.program_id(2)
+    i_m, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    start = tl.load(p_query_start + i_b)
+    num_queries = tl.load(p_query_start + i_b + 1) - start
+    if i_m * BM >= num_queries * G:
+        return
+    o_m = i_m * BM + tl.arange(0, BM)
+    m_row = o_m < num_queries * G
+    o_t, o_g = o_m // G, i_h * G + o_m % G
+    o_d = tl.arange(0, BD)
+    m_d = (o_d < D)[None, :]
+    o_row = (start + o_t).to(tl.int64) * stride_q + o_g * D
+    m_q = m_row[:, None] & m_d
+    b_q = tl.load(p_q + o_row[:, None] + o_d[None, :], mask=m_q, other=0.0).to(DOT)
+
+    num_pages, gap_pages = tl.load(p_num_pages + i_b), tl.load(p_gap_pages + i_b)
+    seq_len = tl.load(p_seq_lens + i_b)
+    b_n = seq_len - num_queries + 1 + o_t
+    b_raw = first_raw(b_n, num_pages, gap_pages, L, W) * W
+    # The first query token reads the most raw tokens.
+    low = first_raw(seq_len - num_queries + 1, num_pages, gap_pages, L, W) * W
+    pinned = tl.cdiv(tl.minimum(S, low), BT)
+    tiles = pinned + tl.cdiv(seq_len - low, BT)
+    share = tl.cdiv(tiles, SPLITS)
+    b_max = tl.full([BM], -float("inf"), tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    b_acc = tl.zeros([BM, BD], tl.float32)
+    p_table = p_block_table + i_b.to(tl.int64) * stride_table
+    for i in range(i_s * share, tl.minimum(tiles, (i_s + 1) * share)):
+        is_pinned = i < pinned
+        o_w = tl.arange(0, BT) + tl.where(is_pinned, i * BT, low + (i - pinned) * BT)
+        m_w = o_w < tl.where(is_pinned, tl.minimum(S, low), seq_len)
+        block = tl.load(p_table + o_w // BLOCK, mask=m_w, other=0).to(tl.int64)
+        o_x = block * stride_block + i_h * stride_head + (o_w % BLOCK) * stride_token
+        m_x = m_w[:, None] & m_d
+        p_x = p_local + o_x[:, None] + o_d[None, :]
+        b_k = tl.load(p_x, mask=m_x, other=0.0).to(DOT)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * q_scale
+        m_s = m_w[None, :] & (o_w[None, :] < b_n[:, None])
+        m_s &= (o_w[None, :] < S) | (o_w[None, :] >= b_raw[:, None])
+        b_s = tl.where(m_s, b_s, -float("inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
+        b_old = tl.exp2(b_max - b_safe)
+        b_p = tl.exp2(b_s - b_safe[:, None])
+        b_v = tl.load(p_x + D, mask=m_x, other=0.0).to(DOT)
+        b_sum = b_sum * b_old + tl.sum(b_p, 1)
+        b_acc = b_acc * b_old[:, None] + tl.dot(b_p.to(DOT), b_v, input_precision="ieee")
+        b_max = b_new
+    b_some = tl.where(b_sum > 0, b_sum, 1.0)
+    H = tl.num_programs(1)
+    o_o = ((start + o_t).to(tl.int64) * (H * G) + o_g) * num_splits + first_split + i_s
+    tl.store(p_acc + o_o[:, None] * D + o_d[None, :], b_acc / b_some[:, None], mask=m_q)
+    b_lse = tl.where(b_sum > 0, b_max + tl.log2(b_some), -float("inf"))
+    tl.store(p_lse + o_o, b_lse, mask=m_row)
+
+
+def attend_raw(
+    q: Tensor,
+    local: Tensor,
+    block_table: Tensor,
+    num_pages: Tensor,
+    gap_pages: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    max_query_len: int,
+    sm_scale: float,
+    sink_tokens: int,
+    local_window: int,
+    page_size: int,
+    acc: Tensor,
+    lse: Tensor,
+    first_split: int,
+    splits: int,
+) -> None:
+    """Partial attention of every query token over the raw tokens it reads.
+
+    A query token that sees n tokens reads those before `sink_tokens` and those behind the pages that
+    `attend_pages` gives it.
+
+    Parameters
+    ----------
+    q : Tensor [T, Hq, D]
+    local : Tensor [blocks, H, block_size, 2 * D], dtype of `q`
+        K and V of a token side by side.
+    block_table : Tensor [B, max_blocks], int32
+        By position; entries that nobody reads may be anything.
+    acc, lse : Tensor [T, Hq, n, D], [T, Hq, n], float32
+        Parts `first_split` to `first_split + splits` are written, see `attend_pages`.
+    """
+    _, Hq, D = q.shape
+    H = local.shape[1]
+    G = Hq // H
+    rows = max_query_len * G
+    BM = min(64, next_power_of_2(rows))
+    # Triton's interpreter multiplies bfloat16 as if it were integers.
+    interpreted = triton.knobs.runtime.interpret
+    raw_kernel[(triton.cdiv(rows, BM) * splits, H, len(seq_lens))](
+        q, local, block_table, num_pages, gap_pages, seq_lens, query_start_loc, acc, lse,
+        q.stride(0), *local.stride()[:3], block_table.stride(0), sm_scale * LOG2_E,
+        sink_tokens, local_window, first_split, acc.shape[2],
+        G=G, D=D, BD=next_power_of_2(D), W=page_size, BLOCK=local.shape[2],
+        BM=BM, BT=64, SPLITS=splits,
+        DOT=tl.float32 if interpreted else TL_DTYPES[q.dtype], num_warps=4, num_stages=2,
+    )  # fmt: skip

@@ -1,0 +1,177 @@
+"""What the Triton kernels need to know of a layer's page format, as device tensors and launch arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from fourier_vllm.kernels.basis import dct_basis, rotation
+from fourier_vllm.page import CODE_BITS, ChannelPlanes, PageLayout, Plane, TokenPlanes
+
+MIN_PAGE_SIZE = 64  # a quarter of a page is a side of a matrix product
+MIN_DOT = 16
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least `n` and fits a matrix product."""
+    return max(MIN_DOT, 1 << (n - 1).bit_length())
+
+
+def _starts(dims: tuple[int, ...], head_size: int, num_heads: int) -> list[int]:
+    """Where each head's dims begin in a list that is sorted by head, `[H + 1]`."""
+    counts = [0] * num_heads
+    for dim in dims:
+        counts[dim // head_size] += 1
+    return [0, *accumulate(counts)]
+
+
+@dataclass(frozen=True)
+class ChannelTables:
+    """Index tables of one channel codec.
+
+    Attributes
+    ----------
+    column_start, raw_start : Tensor [H + 1], int32
+        Each head's columns of codes and raw dims.
+    column_dim, raw_dim : Tensor [N], [R], int32
+        Dim within its head.
+    column_coded : Tensor [N], int32
+        Index of a column's dim among the coded dims, for its scale and zero.
+    column_level : Tensor [N], int32
+        Place of the column's two bits.
+    dims : Tensor [4, H, D], int32
+        For sealing: bits of a dim, its index among the coded ones, its first column, its index among
+        the raw ones; -1 where it has none.
+    offsets : tuple of int
+        Bytes from the page's start to coef, coef_scale, raw, codes, scale, zero.
+    """
+
+    column_start: Tensor
+    column_dim: Tensor
+    column_coded: Tensor
+    column_level: Tensor
+    raw_start: Tensor
+    raw_dim: Tensor
+    dims: Tensor
+    offsets: tuple[int, int, int, int, int, int]
+    has_codes: bool
+    has_raw: bool
+    small_coefficients: bool
+
+    @classmethod
+    def build(
+        cls, planes: ChannelPlanes, layout: PageLayout, device: torch.device
+    ) -> ChannelTables:
+        D, H = layout.head_size, layout.num_kv_heads
+        columns = planes.columns()
+
+        def table(values: list[int]) -> Tensor:
+            return torch.tensor(values or [0], dtype=torch.int32, device=device)
+
+        dims = tuple(planes.coded_dims[i] for i, _ in columns)
+        by_dim = torch.full((4, H * D), -1, dtype=torch.int32)
+        by_dim[0] = 0
+        for i, (dim, bits) in enumerate(zip(planes.coded_dims, planes.coded_bits, strict=True)):
+            by_dim[:3, dim] = torch.tensor([bits, i, sum(planes.coded_bits[:i]) // CODE_BITS])
+        for i, dim in enumerate(planes.raw_dims):
+            by_dim[0, dim], by_dim[3, dim] = 16, i
+        scale = planes.coef_scale
+        return cls(
+            column_start=table(_starts(dims, D, H)),
+            column_dim=table([dim % D for dim in dims]),
+            column_coded=table([i for i, _ in columns]),
+            column_level=table([level for _, level in columns]),
+            raw_start=table(_starts(planes.raw_dims, D, H)),
+            raw_dim=table([dim % D for dim in planes.raw_dims]),
+            dims=by_dim.view(4, H, D).to(device),
+            offsets=(
+                planes.coef.offset,
+                scale.offset if scale else 0,
+                planes.raw.offset,
+                planes.codes.offset,
+                planes.scale.offset,
+                planes.zero.offset,
+            ),
+            has_codes=bool(columns),
+            has_raw=bool(planes.raw_dims),
+            small_coefficients=scale is not None,
+        )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (
+            self.column_start,
+            self.column_dim,
+            self.column_coded,
+            self.column_level,
+            self.raw_start,
+            self.raw_dim,
+        )
+
+
+@dataclass(frozen=True)
+class Tables:
+    """All of a layer's tables on one device.
+
+    Attributes
+    ----------
+    k, v : ChannelTables
+        Of V's token codec an empty one.
+    v_bits : int
+        2, 3, 4, 8 or 16 of the token codec, 0 for the channel codec.
+    v_offsets : tuple of int
+        Of the token codec: codes, high, scale, zero.
+    basis : Tensor [MC, W], float32
+        DCT-II rows, zero beyond the m coefficients.
+    rotation : Tensor [BD, BD], float32
+        Of V's token codec, zero beyond the D dims; the identity where nothing is rotated.
+    """
+
+    layout: PageLayout
+    k: ChannelTables
+    v: ChannelTables
+    v_bits: int
+    v_offsets: tuple[int, int, int, int]
+    basis: Tensor
+    rotation: Tensor
+
+    @classmethod
+    def build(cls, layout: PageLayout, device: torch.device | str) -> Tables:
+        """
+        Raises
+        ------
+        ValueError
+            Pages are too small for these kernels.
+        """
+        device = torch.device(device)
+        W, D, m = layout.page_size, layout.head_size, layout.coefficients
+        if W < MIN_PAGE_SIZE:
+            raise ValueError(
+                f"page_size must be at least {MIN_PAGE_SIZE} on a GPU, found {W}: use a recipe with"
+                " larger pages."
+            )
+        k = ChannelTables.build(layout.k, layout, device)
+        basis = torch.zeros(next_power_of_2(m), W)
+        basis[:m] = dct_basis(W, m)
+        turn = torch.zeros(next_power_of_2(D), next_power_of_2(D))
+        bits, offsets, v = 0, (0, 0, 0, 0), k
+        if isinstance(layout.v, TokenPlanes):
+            bits = layout.v.bits
+            offsets = tuple(  # type: ignore[assignment]
+                plane.offset if isinstance(plane, Plane) else 0
+                for plane in (layout.v.codes, layout.v.high, layout.v.scale, layout.v.zero)
+            )
+        else:
+            v = ChannelTables.build(layout.v, layout, device)
+        turn[:D, :D] = rotation(D) if 0 < bits < 16 else torch.eye(D)
+        return cls(
+            layout=layout,
+            k=k,
+            v=v,
+            v_bits=bits,
+            v_offsets=offsets,
+            basis=basis.to(device),
+            rotation=turn.to(device),
+        )
