@@ -126,15 +126,23 @@ def _add_calibrate(commands: Commands) -> None:
     parser = commands.add_parser("calibrate", help=text, description=text)
     parser.add_argument("model", help="Hugging Face folder or Hub id")
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="UTF-8; default: Python's language reference"
+        "--text",
+        type=Path,
+        metavar="FILE|DATASET",
+        help="UTF-8 file, folder of data files, or OWNER/NAME[:CONFIG] on the Hugging Face Hub;"
+        " default: Python's language reference",
+    )
+    parser.add_argument("--text-column", metavar="NAME", help="of a dataset; default: text")
+    parser.add_argument(
+        "--own-text", action="store_true", help="calibrate on what the model writes by itself"
     )
     targets = [name for name in recipe.TARGETS if name != "lossless"]
-    parser.add_argument("--target", choices=targets, default="balanced")
+    parser.add_argument("--target", choices=targets, help="default: balanced")
     parser.add_argument(
         "--bits",
         type=float,
         metavar="B",
-        help="average bits of a K or V value in sealed pages, instead of the target's",
+        help="average bits of a K or V value in sealed pages, instead of a target",
     )
     for option, default, choices in (
         ("--page-size", recipe.DEFAULT_PAGE_SIZE, recipe.PAGE_SIZES),
@@ -165,13 +173,19 @@ def _add_calibrate(commands: Commands) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
+    if args.target is not None and args.bits is not None:
+        raise ValueError("--bits asks for what --target would: give one of them.")
+    if args.own_text and (args.text is not None or args.text_column is not None):
+        raise ValueError("--own-text takes the place of --text: give one of them.")
     from fourier_vllm.calibration.calibrate import Options, run
 
     return run(
         Options(
             model=args.model,
             text=args.text,
-            target=args.target,
+            text_column=args.text_column,
+            own_text=args.own_text,
+            target=args.target or "balanced",
             bits=args.bits,
             page_size=args.page_size,
             local_window=args.local_window,
@@ -240,6 +254,7 @@ def _add_eval(commands: Commands) -> None:
         ("--context", 7168, "tokens of a context"),
         ("--documents", 8, "texts, each with a context a task"),
         ("--questions", 8, "keys of a `multikey` context"),
+        ("--repeats", 1, "contexts a document for each task with one question a context"),
         ("--seed", 0, "of needles and their places"),
     ):
         parser.add_argument(
@@ -293,6 +308,7 @@ def _eval(args: argparse.Namespace) -> int:
             context=args.context,
             documents=args.documents,
             questions=args.questions,
+            repeats=args.repeats,
             text=args.text,
             out=args.out,
             device=args.device,

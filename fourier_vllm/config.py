@@ -23,6 +23,7 @@ PREFILLS = ("windowed", "exact")
 LOCAL_BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 WINDOW_MIN, WINDOW_MAX, WINDOW_STEP = 16, 65536, 16
 ORIGIN = "additional_config fourier"
+OWN_TEXT = "own-text"  # a recipe made at the first start; a file of this name is ./own-text
 
 
 class Option(NamedTuple):
@@ -73,7 +74,10 @@ class FourierConfig:
         "balanced", ", ".join(TARGETS), "How small pages are where no recipe file is given."
     )
     recipe: str | None = _option(
-        None, "path", "Recipe file.", shown="bundled if one fits, else derived from the weights"
+        None,
+        f"path, {OWN_TEXT}",
+        "Recipe file, or one made at the first start.",
+        shown="bundled if one fits, else derived from the weights",
     )
     prefill: str = _option(
         "windowed",
@@ -107,6 +111,9 @@ class FourierConfig:
             _refuse(
                 "recipe", "the path of a JSON file or null", path, "give a path or leave it out"
             )
+        if path == OWN_TEXT and self.target == "lossless":
+            way_out = "leave it out"
+            _refuse("recipe", "a path or null with target lossless", path, way_out)
         if page is not None and (type(page) is not int or page not in PAGE_SIZES):
             _refuse("page_size", "32, 64, 128, 256 or null", page, "choose one of these")
         if window is not None and (

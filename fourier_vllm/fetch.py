@@ -88,7 +88,7 @@ def fetch(
     if _is_complete(folder, verify):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_name(folder.name + ".lock")):
+    with locked(folder.with_name(folder.name + ".lock")):
         if _is_complete(folder, verify):  # another process has just finished it
             return folder
         part = folder.with_name(folder.name + ".part")
@@ -207,8 +207,8 @@ def _is_complete(folder: Path, verify: bool) -> bool:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time fetch into a folder; the lock dies with its process."""
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time do what `path` stands for; the lock dies with its process."""
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -1,7 +1,9 @@
 """Calibration: statistics against plain float64 maths, recipes from them, and refusals."""
 
 import math
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from fourier_vllm.calibration import calibrate as calibration
 from fourier_vllm.calibration.calibrate import Options, measured_recipe
 from fourier_vllm.calibration.collect import SEED, collect
 from fourier_vllm.calibration.model import fingerprint_of, full_attention_layers, model_name
+from fourier_vllm.calibration.progress import Progress
 from fourier_vllm.calibration.statistics import KEY_BITS, VALUE_BITS, Sums
 from fourier_vllm.calibration.text import cut, read_text
 from fourier_vllm.evaluation.loop import score, through_pages
@@ -404,10 +407,10 @@ def folder(tmp_path, monkeypatch, llama):
     return tmp_path
 
 
-def calibrate(folder, *options):
+def calibrate(folder, *options, target="compact"):
     return cli.main(
         ["calibrate", "some/Tiny-Model", "--text", str(folder / "text"), "--page-size", "32",
-         "--local-window", "32", "--target", "compact", "--no-check", *options]
+         "--local-window", "32", *(["--target", target] if target else []), "--no-check", *options]
     )  # fmt: skip
 
 
@@ -429,36 +432,129 @@ def test_an_interrupted_command_goes_on(folder, capsys, monkeypatch):
     monkeypatch.setattr(calibration, "DOCUMENT_TOKENS", 256)
     assert calibrate(folder, *lengths) == 0
     progress = folder / "r.json.progress.npz"
-    from fourier_vllm.calibration import progress as kept
-
-    save = kept.Progress.save
+    save = Progress.save
 
     def stop(self, num_done, sums):
         save(self, num_done, sums)
         raise KeyboardInterrupt
 
     lengths[-1] = "r.json"
-    monkeypatch.setattr(kept.Progress, "save", stop)
+    monkeypatch.setattr(Progress, "save", stop)
     assert calibrate(folder, *lengths) == 130
     assert progress.exists()
-    monkeypatch.setattr(kept.Progress, "save", save)
+    monkeypatch.setattr(Progress, "save", save)
     capsys.readouterr()
     assert calibrate(folder, *lengths) == 0
     assert "1 of 3 documents done" in capsys.readouterr().out
     assert not progress.exists()
     assert Recipe.load("r.json").layers == Recipe.load("whole.json").layers
-    # What belongs to another calibration, or is no archive, is not used.
-    for content in (b"", b"PK\x03\x04 cut short"):
-        progress.write_bytes(content)
-        assert calibrate(folder, *lengths) == 0
-        assert "documents done" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["weights", "text", "sink tokens"])
+def test_progress_of_another_run_is_not_mixed_in(folder, capsys, monkeypatch, llama, change):
+    monkeypatch.chdir(folder)
+    save, stops = Progress.save, [True]
+
+    def stop(self, num_done, sums):
+        save(self, num_done, sums)
+        if stops:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "save", stop)
+    options = ["-o", "r.json"]
+    assert calibrate(folder, *options) == 130
+    stops.clear()
+    if change == "weights":
+        with torch.no_grad():
+            llama.model.layers[0].self_attn.k_proj.weight.mul_(2)
+    elif change == "text":
+        (folder / "text").write_text(" ".join(str(i * 7 % 97) for i in range(600)))
+    else:
+        options += ["--sink-tokens", "0"]
+    assert calibrate(folder, *options) == 0
+    out = capsys.readouterr().out
+    assert "r.json.progress.npz is of another model, text or options: starting anew" in out
+    assert "documents done" not in out
+    assert calibrate(folder, *options, "-o", "anew.json") == 0
+    assert Recipe.load("r.json").layers == Recipe.load("anew.json").layers
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"text", b"\x93NUMPY\x01\x00"])
+def test_damaged_progress_is_named(folder, capsys, monkeypatch, content):
+    monkeypatch.chdir(folder)
+    Path("r.json.progress.npz").write_bytes(content)
+    assert calibrate(folder, "-o", "r.json") == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == (
+        "fourier-vllm calibrate: progress 'r.json.progress.npz' is damaged or cannot be read: delete"
+        " it to start anew."
+    )
+    assert Path("r.json.progress.npz").read_bytes() == content
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("name", ["r.json.progress.npz.part", ".r.json."])
+def test_a_full_disk(folder, capsys, monkeypatch, name):
+    """Writes of one file go where there is never any room."""
+    monkeypatch.chdir(folder)
+    Path("r.json").write_text("an older recipe")
+    opened, real = [], Path.open
+
+    def open_(self, mode="r", *args, **options):
+        file = real(self, mode, *args, **options)
+        if "w" in mode and self.name.startswith(name):
+            opened.append(self)
+            file.close()
+            return real(Path("/dev/full"), mode, *args, **options)
+        return file
+
+    monkeypatch.setattr(Path, "open", open_)
+    assert calibrate(folder, "-o", "r.json") == 1
+    refusal = capsys.readouterr().err.splitlines()[-1]
+    assert refusal.startswith("fourier-vllm calibrate: ")
+    assert "cannot be written (No space left on device)" in refusal
+    assert opened
+    assert Path("r.json").read_text() == "an older recipe"
+    # What was measured is kept where only the recipe could not be written.
+    left = {"text", "r.json"} | ({"r.json.progress.npz"} if name == ".r.json." else set())
+    assert {file.name for file in folder.iterdir()} == left
+
+
+@pytest.mark.parametrize("bits", ["0", "-1", "nan", "inf", "16.5"])
+def test_bits_that_make_no_sense(folder, capsys, bits):
+    assert calibrate(folder, "--bits", bits, target=None) == 1
+    found = f"{float(bits):g}"
+    assert capsys.readouterr().err == (
+        "fourier-vllm calibrate: --bits must be above 0 and at most 16, found"
+        f" {found}: choose about 3.\n"
+    )
+
+
+def test_bits_instead_of_a_target(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert calibrate(folder, "--bits", "3", target="quality") == 1
+    assert "--bits asks for what --target would: give one of them." in capsys.readouterr().err
+    assert calibrate(folder, "--bits", "4", target=None) == 0
+    recipe = Recipe.load("tiny-model-4-bits.json")
+    assert recipe.name == "4-bits"
+    assert 4 <= ratio_of(recipe) < 4.6
+
+
+def test_what_cannot_be_met_is_said_before_anything_is_measured(folder, capsys, monkeypatch):
+    monkeypatch.setattr(calibration, "collect", None)
+    assert calibrate(folder, "--bits", "0.1", target=None) == 1
+    refusal = capsys.readouterr().err.splitlines()[-1]
+    assert "160 times was asked for: ask for less, or take larger pages." in refusal
+    most, bits = re.search(r"up to ([\d.]+) times smaller \(([\d.]+) bits", refusal).groups()
+    assert float(most) == pytest.approx(16 / float(bits), rel=0.01)
+    assert calibrate(folder, "--tensor-parallel-size", "0") == 1
+    assert "shards must divide 2 KV heads, found 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--text", "missing"], "cannot be read \\(No such file"),
-        (["--text", "."], "is not a file"),
         (["--text", "binary"], "is not UTF-8 \\(at byte 0\\)"),
         (["--text", "short"], "text has 3 tokens"),
         (["--tokens", "64"], "--tokens must be at least 256"),

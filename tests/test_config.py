@@ -40,6 +40,7 @@ def test_defaults():
     "value",
     [
         {"target": "quality", "prefill": "exact", "recipe": "r.json"},
+        {"target": "paper", "recipe": "own-text"},
         {"page_size": 32, "local_window": 16, "sink_tokens": 32, "local_block_size": 8},
         {"page_size": 256, "local_window": 65536, "sink_tokens": 0, "local_block_size": 256},
         dict.fromkeys(("recipe", "page_size", "local_window", "sink_tokens", "local_block_size")),
@@ -62,6 +63,7 @@ def test_accepts(value):
         ({"target": None}, ["target must be one of quality", "found null"]),
         ({"prefill": True}, ["prefill must be one of windowed, exact", "found true"]),
         ({"recipe": ""}, ["recipe must be the path", "found ''"]),
+        ({"recipe": "own-text", "target": "lossless"}, ["recipe must be a path", "leave it out"]),
         ({"recipe": {"format": 1}}, ["recipe must be the path", "an object of 1"]),
         ({"page_size": 100}, ["page_size must be 32, 64, 128, 256", "found 100"]),
         ({"page_size": 128.0}, ["page_size", "found 128.0"]),

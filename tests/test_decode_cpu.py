@@ -26,8 +26,12 @@ def check(
     W: int = 32,
     dtype: str = "float32",
     seed: int = 0,
+    broken: tuple[int, float] | None = None,
 ) -> None:
-    """Rows with these numbers of pages and raw tokens; unused blocks hold NaN, ids are random."""
+    """Rows with these numbers of pages and raw tokens; unused blocks hold NaN, ids are random.
+
+    `broken` is a dim of K (below D) or V and what its first raw token has there in row 0.
+    """
     codec = codec_of(recipe, H, D, W, dtype)
     N, total = len(num_pages), sum(num_pages)
     rng = torch.Generator().manual_seed(seed)
@@ -47,6 +51,8 @@ def check(
     for n in range(N):
         for t in range(num_raw[n]):
             cell = torch.randn(H, 2 * D, generator=rng)
+            if broken and n == t == 0:
+                cell[:, broken[0]] = broken[1]
             local[block[n, t // BLOCK_SIZE], :, t % BLOCK_SIZE] = cell
     local = local.to(DTYPES[dtype])
     q = torch.randn(N, H, group, D, generator=rng).to(DTYPES[dtype])
@@ -69,7 +75,10 @@ def check(
         codec, q, pages, page, page_start, sinks, local, block, mask, D**-0.5
     )
     for n in range(N):
-        assert_close(f"row {n}", expected[n], got[n], 1e-5)
+        finite = expected[n].isfinite()
+        assert torch.equal(finite, got[n].isfinite())
+        assert bool(finite.all()) == (broken is None or n > 0)
+        assert_close(f"row {n}", expected[n].where(finite, 0), got[n].where(finite, 0), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,6 +95,14 @@ def test_sizes(recipe, D, W):
 
 def test_no_coefficients():
     check("v8", [1], [1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dim", [3, 32 + 5], ids=["k", "v"])
+def test_what_is_not_finite_stays_so(dim, value, dtype):
+    """A model that overflows shows it; other rows of the batch do not."""
+    check("balanced", [1, 2], [40, 33], dtype=dtype, broken=(dim, value))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

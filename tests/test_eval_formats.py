@@ -16,13 +16,20 @@ from fourier_vllm.evaluation.choose import choose_formats, comparators, span_of
 from fourier_vllm.evaluation.formats import COMPARATORS
 from fourier_vllm.evaluation.formats.fourier import Fourier
 from fourier_vllm.evaluation.formats.kivi import Kivi
-from fourier_vllm.evaluation.formats.paper import Paper, fourier_basis, pyramid, truncate
+from fourier_vllm.evaluation.formats.paper import Paper, fourier_basis, truncate
 from fourier_vllm.evaluation.formats.rotated import Rotated, codebook, signed_rotation
 from fourier_vllm.evaluation.loop import through_pages
 from fourier_vllm.evaluation.options import Options
 from fourier_vllm.inspection import layouts, ratio_of
 from fourier_vllm.page import PageLayout
-from fourier_vllm.recipe import ModelFingerprint, Recipe, RecipeError, target_recipe
+from fourier_vllm.recipe import (
+    ModelFingerprint,
+    Recipe,
+    RecipeError,
+    paper_counts,
+    paper_pyramid,
+    target_recipe,
+)
 
 SINKS = 16
 
@@ -182,13 +189,9 @@ def test_norms_are_kept(bits: int) -> None:
     assert_close("norms", v.norm(dim=-1), held.v.norm(dim=-1), 1e-3)
 
 
-@pytest.mark.parametrize("window", [64, 65, 193])
-@pytest.mark.parametrize("states", [1, 2, 5, 6])
-def test_fourier_form_against_the_fft(window: int, states: int) -> None:
-    """The low-pass is what scipy's real FFT gives with all other terms set to zero, in float64."""
-    x = keys_and_values(window, 24)[0]
-    got = truncate(x, 2 * 24, states)
-    spectrum = scipy.fft.rfft(x.double().numpy(), axis=1)
+def low_pass(x: np.ndarray, states: int) -> np.ndarray:
+    """By scipy's real FFT of `x [H, n, D]`, all other terms set to zero."""
+    spectrum = scipy.fft.rfft(x, axis=1)
     kept = np.zeros_like(spectrum)
     for row in range(states):  # 1, cos 1, sin 1, cos 2, ...: a real and an imaginary part each
         j = (row + 1) // 2
@@ -196,8 +199,38 @@ def test_fourier_form_against_the_fft(window: int, states: int) -> None:
             kept[:, j] += spectrum[:, j].real
         else:
             kept[:, j] += 1j * spectrum[:, j].imag
-    want = scipy.fft.irfft(kept, window, axis=1)
+    return scipy.fft.irfft(kept, x.shape[1], axis=1)
+
+
+@pytest.mark.parametrize("window", [64, 65, 193])
+@pytest.mark.parametrize("states", [1, 2, 5, 6])
+def test_fourier_form_against_the_fft(window: int, states: int) -> None:
+    x = keys_and_values(window, 24)[0]
+    want = low_pass(x.double().numpy(), states)
+    got = truncate(x, 2 * 24, states)
     assert_close("low-pass", torch.from_numpy(want), got, 1e-3)  # coefficients are fp16
+
+
+@pytest.mark.parametrize("layer", [0, 3, 6])
+def test_paper_against_its_definition(layer: int) -> None:
+    """Every step in float64: FFT, error of each dim, the pyramid's share of them, one by one."""
+    tokens, D = 16 + 320, 64
+    k, v = keys_and_values(tokens, D)
+    held = Paper(model_of(layers=7)).hold(k, v, SINKS, layer)
+    shares = {0: (0.9, 0.95), 3: (0.8, 0.8), 6: (0.5, 0.7)}[layer]
+    for name, x, share, got in zip("kv", (k, v), shares, held[:2], strict=True):
+        exact = x[:, SINKS:].double().numpy()
+        want = exact.copy()
+        low = low_pass(exact, 320 // 32)
+        errors = {
+            ((exact[h, :, d] - low[h, :, d]) ** 2).mean(): (h, d)
+            for h in range(2)
+            for d in range(D)
+        }
+        for error in sorted(errors)[: round(share * 2 * D)]:
+            h, d = errors[error]
+            want[h, :, d] = low[h, :, d]
+        assert_close(name, torch.from_numpy(want), got, 1e-3)
 
 
 def test_rescaled_dims_keep_mean_and_deviation() -> None:
@@ -227,7 +260,7 @@ def test_paper_keeps_the_dims_it_loses_most_on() -> None:
 
 
 def test_pyramid_is_the_authors_for_28_layers() -> None:
-    shares = pyramid(28)
+    shares = paper_pyramid(28)
     assert shares[:4] == [(0.9, 0.95)] * 4
     assert shares[4:20] == [(0.8, 0.8)] * 16
     assert shares[20:] == [(0.5, 0.7)] * 8
@@ -236,7 +269,16 @@ def test_pyramid_is_the_authors_for_28_layers() -> None:
 
 @pytest.mark.parametrize("layers", [1, 2, 4, 30, 80])
 def test_pyramid_has_every_layer(layers: int) -> None:
-    assert len(pyramid(layers)) == layers
+    assert len(paper_pyramid(layers)) == layers
+
+
+@pytest.mark.parametrize("layers", [1, 28, 30])
+def test_pages_have_the_same_pyramid(layers: int) -> None:
+    """The recipe keeps what the window low-passes not, to the next 8 dims."""
+    pairs = zip(paper_pyramid(layers), paper_counts(layers, 128), strict=True)
+    for shares, counts in pairs:
+        for share, count in zip(shares, counts, strict=True):
+            assert abs(128 * (1 - share) - count) <= 4
 
 
 def test_paper_at_full_rank_loses_nothing() -> None:

@@ -162,7 +162,7 @@ def test_a_whole_run(llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     options = options_of(tmp_path, recipes=[tmp_path / "lossless.json"])
     check(options)
     data = evaluate(options)
-    assert len(calls) == prefills(tuple(TASKS)) == 5  # once a context, however many formats
+    assert len(calls) == prefills(options) == 5  # once a context, however many formats
     assert max(calls) == CONTEXT
     rows = {row["name"]: row for row in data["rows"]}
     assert list(rows)[:2] == ["exact", "lossless"]
@@ -272,6 +272,28 @@ def test_out_of_memory(llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(evaluation, "measure", full)
     with pytest.raises(ValueError, match="out of memory: choose a smaller --context"):
         evaluation.run(options_of(tmp_path))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("name", [".results.json.", "results.md", "needle.png"])
+def test_a_full_disk(llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if name.startswith("."):
+        real = Path.open
+
+        def open_(self, *args, **options):
+            file = Path("/dev/full") if self.name.startswith(name) else self
+            return real(file, *args, **options)
+
+        monkeypatch.setattr(Path, "open", open_)
+    else:
+        pytest.importorskip("matplotlib")
+        (out / name).symlink_to("/dev/full")
+    options = options_of(tmp_path, tasks=["needle"], compare=["fp8"])
+    with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\)"):
+        evaluation.run(options)
+    assert (out / "results.json").exists() == (not name.startswith("."))
 
 
 def test_a_changed_recipe_starts_anew(llama, tmp_path: Path) -> None:

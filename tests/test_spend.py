@@ -113,7 +113,7 @@ def test_shards_get_equal_bytes():
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan"), float("inf"), 100.0])
 def test_what_cannot_be_met_says_what_can(ratio):
-    with pytest.raises(RecipeError, match=r"ratio must be a positive number up to \d+\.\d\d with"):
+    with pytest.raises(RecipeError, match=r"can be up to \d+\.\d\d times smaller \(\d\.\d\d bits"):
         spend(statistics(2), ratio, W, M, 8)
     with pytest.raises(RecipeError, match="shards must divide 2 KV heads, found 3"):
         spend(statistics(2), 6, W, M, 8, shards=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 from fourier_vllm._text import clip, show
 from fourier_vllm.recipe import ModelFingerprint
+
+SAMPLED_WEIGHTS = 256  # of a tensor, at least where it has as many
 
 
 def load(model: str) -> tuple[Any, Any]:
@@ -58,6 +61,16 @@ def model_name(model: str) -> str:
     """Name of a model without the folders above it; a Hub id stays."""
     folder = Path(model).expanduser()
     return folder.resolve().name if folder.exists() else model
+
+
+def digest_of(model: Any) -> str:
+    """Tells models of one name apart: a hash over a few weights of every tensor."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, len(flat) // SAMPLED_WEIGHTS)].float().cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def text_config(model: Any) -> Any:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fourier_vllm._text import show
+
 
 @dataclass
 class Progress:
@@ -38,7 +40,13 @@ class Progress:
 
     @classmethod
     def resume(cls, path: Path, *parts: object, documents: Sequence[Tensor]) -> Progress:
-        """Read the file where it is there and of the same calibration."""
+        """Read the file where it is there and of the same calibration.
+
+        Raises
+        ------
+        ValueError
+            The file is there and is no progress file, or a damaged one.
+        """
         digest = hashlib.sha256(json.dumps([str(part) for part in parts]).encode())
         for ids in documents:
             digest.update(ids.numpy().tobytes())
@@ -46,6 +54,7 @@ class Progress:
         try:
             with np.load(path, allow_pickle=False) as archive:
                 if str(archive["key"]) != progress.key:
+                    print(f"{path} is of another model, text or options: starting anew")
                     return progress
                 sums: list[dict[str, Tensor]] = [{} for _ in range(int(archive["num_layers"]))]
                 for entry in archive.files:
@@ -53,21 +62,32 @@ class Progress:
                     if name:
                         sums[int(layer)][name] = torch.from_numpy(archive[entry])
                 progress.num_done, progress.sums = int(archive["num_done"]), sums
-        except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
-            pass  # not there, or cut short while it was written: start anew
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile):
+            raise ValueError(
+                f"progress {show(path, 120)} is damaged or cannot be read: delete it to start anew."
+            ) from None
         return progress
 
     def save(self, num_done: int, sums: Sequence[dict[str, Tensor]]) -> None:
-        """Write the file atomically."""
+        """Write the file atomically; raises ValueError where it cannot be written."""
         arrays = {f"{i}/{name}": x.numpy() for i, of in enumerate(sums) for name, x in of.items()}
         part = self.path.with_name(self.path.name + ".part")
-        with part.open("wb") as stream:
-            np.savez(
-                stream,
-                allow_pickle=False,
-                key=np.array(self.key),
-                num_done=np.array(num_done),
-                num_layers=np.array(len(sums)),
-                **arrays,
-            )
-        os.replace(part, self.path)
+        try:
+            with part.open("wb") as stream:
+                np.savez(
+                    stream,
+                    allow_pickle=False,
+                    key=np.array(self.key),
+                    num_done=np.array(num_done),
+                    num_layers=np.array(len(sums)),
+                    **arrays,
+                )
+            os.replace(part, self.path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise ValueError(
+                f"progress {show(self.path, 120)} cannot be written"
+                f" ({error.strerror or type(error).__name__}): make room, or give another --output."
+            ) from None

@@ -57,9 +57,8 @@ def spend(
         The ratio cannot be met: names the highest that can. `shards` does not divide the heads.
     """
     H, D = statistics[0].residual.shape
-    if not 1 <= shards <= H or H % shards:
-        raise RecipeError(f"shards must divide {H} KV heads, found {shards}: choose another.")
     pages = Pages(H, D, page_size, coefficients, coefficient_bits)
+    check_budget(pages, ratio, shards)
     raw = len(statistics) * pages.layout([[CHEAPEST] * D] * H, 0).raw_bytes
     layers = [_Curves(layer, pages, shards) for layer in statistics]
 
@@ -68,13 +67,7 @@ def spend(
         return sum(pages.layout(k.tolist(), v).page_bytes for k, v in picked), picked
 
     low, high = PRICES
-    least, best = at(high)
-    if not (math.isfinite(ratio) and ratio > 0) or least * ratio > raw:
-        raise RecipeError(
-            f"ratio must be a positive number up to {math.floor(100 * raw / least) / 100:.2f} with"
-            f" pages of {page_size} tokens, {H} KV heads of {D} and {coefficients} coefficients,"
-            f" found {ratio:g}: lower it, or take larger pages."
-        )
+    _, best = at(high)
     for _ in range(BISECTIONS):
         price = math.sqrt(low * high)
         total, picked = at(price)
@@ -96,12 +89,38 @@ def spend(
     ]
 
 
+def check_budget(pages: Pages, ratio: float, shards: int = 1) -> None:
+    """Refuse what no statistics can change; parameters as for `spend`.
+
+    Raises
+    ------
+    RecipeError
+        The ratio cannot be met: names the highest that can. `shards` does not divide the heads.
+    """
+    if not 1 <= shards <= pages.H or pages.H % shards:
+        raise RecipeError(f"shards must divide {pages.H} KV heads, found {shards}: choose another.")
+    empty = [[CHEAPEST] * pages.D] * pages.H
+    smallest = min(
+        (pages.layout(empty, v) for v in pages.value_bits), key=lambda page: page.page_bytes
+    )
+    most = smallest.raw_bytes / smallest.page_bytes
+    if not 0 < ratio <= most:  # NaN neither
+        raise RecipeError(
+            f"pages of {pages.page_size} tokens, {pages.H} KV heads of {pages.D} and"
+            f" {pages.coefficients} coefficients can be up to {math.floor(100 * most) / 100:.2f} times"
+            f" smaller ({math.ceil(1600 / most) / 100:.2f} bits a value), and {ratio:.4g} times was"
+            " asked for: ask for less, or take larger pages."
+        )
+
+
 class Pages:
     """Layouts of one model's pages."""
 
     def __init__(self, H: int, D: int, page_size: int, coefficients: int, coefficient_bits: int):
         self.H, self.D, self.page_size = H, D, page_size
         self.coefficients, self.coefficient_bits = coefficients, coefficient_bits
+        # Without coefficients nothing would be left of V at no bits.
+        self.value_bits = [b for b in VALUE_BITS if b or coefficients]
 
     def layout(self, k: list[list[int]], v: int) -> PageLayout:
         """Pages of a layer with K at `k [H][D]` bits and V at `v` bits."""
@@ -130,8 +149,7 @@ class _Curves:
         self.cost = torch.tensor([float(cost_bytes(b, pages.page_size)) for b in KEY_BITS]).double()
         values = torch.stack([layer.value_damage[b].sum() for b in VALUE_BITS])
         empty = [[CHEAPEST] * pages.D] * pages.H
-        # Without coefficients nothing would be left of V at no bits.
-        self.value_bits = [b for b in VALUE_BITS if b or pages.coefficients]
+        self.value_bits = pages.value_bits
         self.value_damage = values.cummin(0).values[-len(self.value_bits) :]
         self.value_cost = torch.tensor([float(pages.end(empty, b)) for b in self.value_bits])
 

@@ -88,7 +88,7 @@ class Sums:
         g_v = g @ v.mT[:, None]
         toward = g_v - (p * g_v).sum(-1, keepdim=True)  # g . (v_t - o)
         p *= self._is_paged(position, T)
-        keys, values = self._residual(k), self._residual(v)  # [H, P, D, W]
+        keys, values = self._residual(self._stored(k)), self._residual(v)  # [H, P, D, W]
         sealed = keys.shape[1] * self.page_size
         self._add("tokens", torch.tensor(sealed - self.sink_tokens))
         self._add("queries", torch.tensor(len(position)))
@@ -97,7 +97,7 @@ class Sums:
         reads = (p * toward)[..., :sealed] * scaling
         for bits in KEY_BITS:
             error = keys if bits == 0 else keys - dequantize(*quantize(keys, bits))
-            change = late * (reads @ _by_token(error)[:, None])
+            change = self._key_change(late, reads, _by_token(error)[:, None])
             self._add(f"key{bits}", change.square().sum((1, 2), dtype=torch.float64))
         basis = rotation(D).to(v)
         rotated = v[:, :sealed] @ basis  # [H, T, D]
@@ -109,6 +109,14 @@ class Sums:
                 error, seen = rotated - dequantize(*codes), g @ basis
             change = (seen * (p[..., :sealed] @ error[:, None])).sum(-1)
             self._add(f"value{bits}", change.square().sum((1, 2), dtype=torch.float64))
+
+    def _stored(self, k: Tensor) -> Tensor:
+        """What pages hold of keys after RoPE; `benchmarks/sweep.py` tries another."""
+        return k
+
+    def _key_change(self, q: Tensor, reads: Tensor, error: Tensor) -> Tensor:
+        """`[H, G, n, D]` of `q`, of `reads [H, G, n, t]` and of an `error [H, 1, t, D]` of the keys."""
+        return q * (reads @ error)
 
     def _weights(self, q: Tensor, k: Tensor, position: Tensor, scaling: float) -> Tensor:
         scores = q @ k.mT[:, None] * scaling

@@ -59,8 +59,10 @@ def _wrap_config_check(platform: Any) -> None:
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
         if is_selected(vllm_config):
             from fourier_vllm.engine.refuse import check_config
+            from fourier_vllm.engine.report import log_predicted
 
-            check_config(vllm_config)
+            if check_config(vllm_config).recipe is None:
+                log_predicted()
         original(cls, vllm_config)
 
     platform.check_and_update_config = classmethod(check_and_update_config)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
 from fourier_vllm._text import show
+
+if TYPE_CHECKING:
+    from fourier_vllm.engine.recipes import EngineRecipe
 
 SUPPORTED_VLLM = (Version("0.32"), Version("0.34"))
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16")
@@ -31,20 +34,22 @@ def check_vllm_version(found: str | None = None) -> None:
         )
 
 
-def check_config(vllm_config: Any) -> None:
-    """Refuse what the engine's configuration alone shows to be unsupported.
+def check_config(vllm_config: Any) -> EngineRecipe:
+    """Refuse what the engine's configuration alone shows to be unsupported; returns the recipe it runs.
 
     Raises
     ------
     ValueError
         The first problem found.
     """
+    from fourier_vllm.engine import own_recipe
     from fourier_vllm.engine.recipes import engine_recipe
 
     check_vllm_version()
     for problem, way_out in _problems(vllm_config):
         raise ValueError(f"attention backend fourier does not support {problem}: {way_out}.")
-    engine_recipe(vllm_config)
+    own_recipe.settle(vllm_config)
+    return engine_recipe(vllm_config)
 
 
 def _problems(vllm_config: Any) -> Iterator[tuple[str, str]]:

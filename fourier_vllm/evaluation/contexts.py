@@ -13,6 +13,8 @@ from fourier_vllm.evaluation.tasks.base import Probe, Source
 from fourier_vllm.evaluation.text import documents
 
 BEHIND_TOKENS = 640  # of a question and its answer, or of a continuation, at most
+PLAIN = {"nll", "agreement"}
+ONE_QUESTION = {"needle", "multivalue", "vartrack"}
 CHARS_A_TOKEN = 6  # of the manuals; SmolLM2 has 4 on average
 
 
@@ -28,6 +30,8 @@ class Wanted(Protocol):
     @property
     def questions(self) -> int: ...
     @property
+    def repeats(self) -> int: ...
+    @property
     def text(self) -> Sequence[Path]: ...
     @property
     def seed(self) -> int: ...
@@ -42,7 +46,7 @@ def contexts(
         return tokenizer(string, add_special_tokens=False, verbose=False).input_ids
 
     found: dict[tuple[int, ...], list[tuple[str, Probe]]] = {}
-    for task in options.tasks:
+    for task, repeat in wanted(options):
         source = Source(
             document=text,
             encode=encode,
@@ -51,7 +55,7 @@ def contexts(
             context=options.context,
             middle=(span.start, span.end),
             questions=options.questions,
-            seed=f"{options.seed} {task} {number}",
+            seed=f"{options.seed} {task} {number}" + f" {repeat}" * bool(repeat),
         )
         ids, probes = TASKS[task](source)
         found.setdefault(tuple(ids), []).extend((task, probe) for probe in probes)
@@ -59,10 +63,19 @@ def contexts(
         yield list(key), list_of
 
 
-def prefills(tasks: Sequence[str]) -> int:
+def wanted(options: Wanted) -> list[tuple[str, int]]:
+    """Tasks, those of one question a context as often as `repeats` says."""
+    return [
+        (task, repeat)
+        for task in options.tasks
+        for repeat in range(options.repeats if task in ONE_QUESTION else 1)
+    ]
+
+
+def prefills(options: Wanted) -> int:
     """Contexts of a document: tasks on the plain text share one."""
-    plain = {"nll", "agreement"} & set(tasks)
-    return len(set(tasks) - plain) + bool(plain)
+    hidden = [pair for pair in wanted(options) if pair[0] not in PLAIN]
+    return len(set(hidden)) + bool(PLAIN & set(options.tasks))
 
 
 def read_documents(options: Wanted) -> list[str]:

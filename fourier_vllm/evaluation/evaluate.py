@@ -86,7 +86,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     for number in range(done, options.documents):
         for _ in plan.contexts(number):
             pass  # a text that will not do is refused before hours of work
-    total = (options.documents - done) * len(forms) * prefills(options.tasks)
+    total = (options.documents - done) * len(forms) * prefills(options)
     with tqdm(total=total, desc="eval", unit="cache", disable=None) as bar:
         for number in range(done, options.documents):
             began = time.perf_counter()

@@ -37,7 +37,12 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of this package's checkout, marked when changed; None outside of one."""
+    """The commit of this package's checkout, marked when changed; None outside of one.
+
+    A tree that was copied to another machine has no checkout: FOURIER_COMMIT says what it was.
+    """
+    if told := os.environ.get("FOURIER_COMMIT"):
+        return told
     command = ["git", "describe", "--always", "--dirty"]
     folder = Path(__file__).resolve().parent
     try:

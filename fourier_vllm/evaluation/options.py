@@ -36,6 +36,7 @@ class Options:
     context: int = 7168
     documents: int = 8
     questions: int = 8
+    repeats: int = 1
     text: Sequence[Path] = ()
     out: Path = field(default_factory=lambda: Path("eval"))
     device: str | None = None
@@ -59,6 +60,7 @@ def check(options: Options) -> None:
     for option, value, highest in (
         ("--documents", options.documents, 1 << 20),
         ("--questions", options.questions, MAX_NEEDLES),
+        ("--repeats", options.repeats, 1 << 10),
         ("--context", options.context, 1 << 24),
         ("--chunk", CHUNK if options.chunk is None else options.chunk, 1 << 24),
     ):

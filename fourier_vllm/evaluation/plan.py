@@ -87,6 +87,7 @@ def make_plan(
             "context": options.context,
             "documents": options.documents,
             "questions": options.questions,
+            "repeats": options.repeats,
             "text": [file.name for file in options.text] or "Python's manuals",
             "text_sha256": fingerprint_of_texts(texts),
             "seed": options.seed,

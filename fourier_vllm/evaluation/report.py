@@ -26,16 +26,16 @@ def write(data: Mapping[str, Any], out: Path) -> str:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.md").write_text(text + "\n", encoding="utf-8")
+        from fourier_vllm.evaluation.plots import draw
+
+        draw(data, out)
+    except ImportError:
+        return f"{text}\n\nNo plots: install matplotlib and run `fourier-vllm report` again."
     except OSError as error:
         raise ValueError(
             f"--out cannot be written ({error.strerror or type(error).__name__}): give a folder"
             " that can."
         ) from None
-    try:
-        from fourier_vllm.evaluation.plots import draw
-    except ImportError:
-        return f"{text}\n\nNo plots: install matplotlib and run `fourier-vllm report` again."
-    draw(data, out)
     return text
 
 

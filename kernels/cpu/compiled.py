@@ -11,6 +11,8 @@ from numba import njit
 
 from fourier_vllm.kernels.cpu.layout import BFLOAT16, FLOAT16, FLOAT32, Channel, Row, Token, Views
 
+BEYOND_FP16 = np.float32(2.0**16).view(np.uint32)
+
 jit = njit(cache=True, nogil=True, fastmath={"nsz", "arcp", "contract", "afn", "reassoc"})
 
 
@@ -53,11 +55,20 @@ def rows_at(views: Views, start: int, rows: int, columns: int) -> np.ndarray:
 
 @jit
 def load(views: Views, start: int, count: int, kind: int, row: Row) -> None:
-    """`count` floats of `kind` from byte `start` of the cache."""
+    """`count` floats of `kind` from byte `start` of the cache, finite or not."""
     if kind == FLOAT32:
         row.values[:count] = views.f32[start // 4 : start // 4 + count]
-    else:
-        load_halves(views.u16, start // 2, count, kind, row)
+        return
+    load_halves(views.u16, start // 2, count, kind, row)
+    if kind == FLOAT16:
+        bits = row.bits
+        largest = np.uint32(0)
+        for i in range(count):
+            largest = max(largest, bits[i] & np.uint32(0x7FFFFFFF))
+        if largest >= BEYOND_FP16:  # infinities and NaN, widened as if they were numbers
+            for i in range(count):
+                if bits[i] & np.uint32(0x7FFFFFFF) >= BEYOND_FP16:
+                    bits[i] |= np.uint32(0x7F800000)
 
 
 @jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 
@@ -66,3 +67,17 @@ def make_toy(folder: Path, family: str) -> Path:
             torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(path)
     return path
+
+
+def add_tokenizer(folder: Path) -> Path:
+    """Give a toy model a tokenizer whose tokens are bytes; returns its folder."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<bos>", "<eos>"]
+    vocabulary = {token: i for i, token in enumerate(special + alphabet)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    ).save_pretrained(folder)
+    return folder

@@ -1,14 +1,18 @@
 """FourierAttention (arXiv 2506.11886): low-pass most dims of K and V over the whole middle.
 
-One window of the middle's n tokens, and a real Fourier basis of it. With c_0 = <x, 1>, a_j = <x,
-cos(2 pi j t / n)> and b_j = <x, sin(2 pi j t / n)>, the lowest n / 32 of them are kept for each of the
-"long-context-insensitive" dims; the basis is orthonormal here, so that what is given back is the
-least-squares fit. `paper-rescaled` then stretches each dim around its mean to its original standard
-deviation, as the authors' cache does (a scale a dim more).
+One window of the middle's n tokens, and a real Fourier basis of it:
 
-Dims are ranked by the mean square error of what is given back, over all heads of a layer; the share
-that is low-passed follows the inverted pyramid: deeper layers keep more dims, V fewer than K. What
-differs from the authors' code is listed in docs/evaluation.md.
+1. Coefficients of a dim x: c_0 = <x, 1>, a_j = <x, cos(2 pi j t / n)>, b_j = <x, sin(2 pi j t / n)>.
+2. The lowest n / 32 of them are kept, in the order c_0, a_1, b_1, a_2, ...
+3. What is given back is their sum over the same basis, which is orthonormal here: the least-squares fit.
+4. Dims are ranked by the mean square error of that, over all heads of a layer, K and V apart.
+5. The inverted pyramid says which share of them is low-passed ("long-context-insensitive"): deeper layers
+   keep more dims, V fewer than K. The other dims, the sinks and the local window stay raw.
+6. Attention is exact attention over the result.
+
+`paper-rescaled` then stretches each dim around its mean to its original standard deviation, as the
+authors' cache does (a scale a dim more). What differs from the authors' code is listed in
+docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from torch import Tensor
 
 from fourier_vllm.evaluation.formats.base import RAW_BITS, Held, bits_per_value
 from fourier_vllm.kernels.reference import FP16_MAX
-from fourier_vllm.recipe import ModelFingerprint
+from fourier_vllm.recipe import ModelFingerprint, paper_pyramid
 
 STATES_SHARE = 1 / 32  # coefficients a token of the window: 1024 at 32k in the paper
 
@@ -33,7 +37,7 @@ class Paper:
         self, model: ModelFingerprint, rescale: bool = False, states_share: float = STATES_SHARE
     ):
         self.name = self.family = "paper-rescaled" if rescale else "paper"
-        self.shares, self.states_share = pyramid(model.num_layers), states_share
+        self.shares, self.states_share = paper_pyramid(model.num_layers), states_share
         self.rescale = rescale
 
     def hold(self, k: Tensor, v: Tensor, start: int, layer: int) -> Held:
@@ -48,18 +52,6 @@ class Paper:
             stored += RAW_BITS * low_passed * self.rescale
             held.append(truncate(x, low_passed, states, self.rescale))
         return Held(held[0], held[1], bits_per_value(stored, k))
-
-
-def pyramid(layers: int) -> list[tuple[float, float]]:
-    """Shares of K and V dims that are low-passed in each layer, 76 % of all.
-
-    The first seventh of the layers, the last two sevenths and the rest, as the authors' code has it
-    for 28 layers.
-    """
-    first, last = max(1, round(layers / 7)), layers - round(2 * layers / 7)
-    return [
-        (0.9, 0.95) if i < first else (0.5, 0.7) if i >= last else (0.8, 0.8) for i in range(layers)
-    ]
 
 
 def truncate(x: Tensor, low_passed: int, states: int, rescale: bool = False) -> Tensor:
