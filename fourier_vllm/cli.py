@@ -246,10 +246,9 @@ def _add_eval(commands: Commands) -> None:
     parser.add_argument(
         "--compare",
         type=_names,
-        default=["all"],
         metavar="NAME,...",
         help="all, none, or some of fp8, kivi4, kivi3, kivi2, rotated4, rotated3, rotated2, paper,"
-        " paper-rescaled, paper-pages, streaming; default: all",
+        " paper-rescaled, paper-pages, streaming; default: all, with --engine none",
     )
     for option, default, help_text in (
         ("--context", 7168, "tokens of a context"),
@@ -278,6 +277,15 @@ def _add_eval(commands: Commands) -> None:
         "--out", type=Path, default=Path("eval"), metavar="DIR", help="default: %(default)s"
     )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if any")
+    parser.add_argument(
+        "--engine", action="store_true", help="run stock attention and the recipes through vLLM"
+    )
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        metavar="N",
+        help="with --engine: tokens of a prompt that are prefilled at once; default: 2048",
+    )
     parser.set_defaults(run=_eval)
 
 
@@ -286,7 +294,8 @@ def _names(text: str) -> list[str]:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from fourier_vllm.evaluation.evaluate import Options, run
+    from fourier_vllm.evaluation.evaluate import run
+    from fourier_vllm.evaluation.options import Options
     from fourier_vllm.evaluation.tasks import TASKS
 
     return run(
@@ -304,6 +313,8 @@ def _eval(args: argparse.Namespace) -> int:
             out=args.out,
             device=args.device,
             seed=args.seed,
+            engine=args.engine,
+            chunk=args.chunk,
         )
     )
 

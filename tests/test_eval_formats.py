@@ -13,13 +13,13 @@ import torch
 from numerics import assert_close
 
 from fourier_vllm.evaluation.choose import choose_formats, comparators, span_of
-from fourier_vllm.evaluation.evaluate import Options
 from fourier_vllm.evaluation.formats import COMPARATORS
 from fourier_vllm.evaluation.formats.fourier import Fourier
 from fourier_vllm.evaluation.formats.kivi import Kivi
 from fourier_vllm.evaluation.formats.paper import Paper, fourier_basis, truncate
 from fourier_vllm.evaluation.formats.rotated import Rotated, codebook, signed_rotation
 from fourier_vllm.evaluation.loop import through_pages
+from fourier_vllm.evaluation.options import Options
 from fourier_vllm.inspection import layouts, ratio_of
 from fourier_vllm.page import PageLayout
 from fourier_vllm.recipe import (

@@ -16,10 +16,11 @@ from fourier_vllm import cli
 from fourier_vllm.calibration.model import fingerprint_of, full_attention_layers
 from fourier_vllm.evaluation import evaluate as evaluation
 from fourier_vllm.evaluation.contexts import prefills
-from fourier_vllm.evaluation.evaluate import Options, check, evaluate, on_device
+from fourier_vllm.evaluation.evaluate import evaluate, on_device
 from fourier_vllm.evaluation.formats import COMPARATORS
+from fourier_vllm.evaluation.options import Options, check
 from fourier_vllm.evaluation.results import Rows
-from fourier_vllm.evaluation.session import Session, fork, hold, prefill, stack
+from fourier_vllm.evaluation.session import CodecSession, fork, hold, prefill, stack
 from fourier_vllm.evaluation.tasks import TASKS
 from fourier_vllm.recipe import target_recipe
 
@@ -86,20 +87,20 @@ IDS = torch.randint(0, 128, (700,), generator=torch.Generator().manual_seed(3)).
 def test_session_is_the_model(family: str) -> None:
     """Log-probabilities after the exact cache are those of one forward pass without a cache."""
     model = tiny(family)
-    session = Session(model, stack([prefill(model, IDS[:600])] * 2), 600)
+    session = CodecSession(model, stack([prefill(model, IDS[:600])] * 2), 600)
     with torch.inference_mode():
         want = model(torch.tensor([IDS[:640]])).logits[0, 619:639].log_softmax(-1)
     for _ in range(2):  # a question leaves no trace
-        rows = list(session.log_probs(IDS[600:620], IDS[620:640]))
+        rows = list(session.score(IDS[600:620], IDS[620:640]))
         assert len(rows) == 2
         for row in rows:
-            assert_close("log-probabilities", want, row, 1e-4)
+            assert_close("log-probabilities", want, row.vocabulary, 1e-4)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma3"])
 def test_generation_is_the_models(family: str) -> None:
     model = tiny(family)
-    session = Session(model, prefill(model, IDS[:600]), 600)
+    session = CodecSession(model, prefill(model, IDS[:600]), 600)
     want = IDS[:605]
     with torch.inference_mode():
         for _ in range(12):
@@ -118,7 +119,7 @@ def test_dropped_tokens_keep_positions(family: str) -> None:
     assert bits == 0
     assert dropped.layers[layers[0]].keys.shape[2] == 600 - (512 - 16)
     assert exact.layers[layers[0]].keys.shape[2] == 600
-    (got,) = Session(model, dropped, 600).log_probs(IDS[600:620], IDS[620:640])
+    (got,) = CodecSession(model, dropped, 600).score(IDS[600:620], IDS[620:640])
 
     hidden = fork(exact)
     for i in layers:
@@ -134,7 +135,7 @@ def test_dropped_tokens_keep_positions(family: str) -> None:
         logits = model(
             torch.tensor([IDS[600:639]]), past_key_values=hidden, attention_mask=mask
         ).logits
-    assert_close("log-probabilities", logits[0, 19:].log_softmax(-1), got, 1e-4)
+    assert_close("log-probabilities", logits[0, 19:].log_softmax(-1), got.vocabulary, 1e-4)
 
 
 def test_values_that_are_not_finite_are_refused() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +23,38 @@ def load(model: str) -> tuple[Any, Any]:
         There is no such model, or `transformers` cannot load it.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     cuda = torch.cuda.is_available()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
+    with _one_sentence(model):
         # CPUs multiply 16-bit numbers slowly.
         dtype = "auto" if cuda else torch.float32
         loaded = AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, attn_implementation="sdpa"
         )
+    return loaded.to("cuda" if cuda else "cpu").eval(), tokenizer
+
+
+def load_tokenizer(model: str) -> Any:
+    """Tokenizer of a folder or a Hub id; raises ValueError where there is none."""
+    from transformers import AutoTokenizer
+
+    with _one_sentence(model):
+        return AutoTokenizer.from_pretrained(model)
+
+
+@contextmanager
+def _one_sentence(model: str) -> Iterator[None]:
+    """What `transformers` raises for a model it cannot load, as one sentence."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"model {show(model, 120)} cannot be loaded ({clip(lines[0].rstrip('.'), 160)}): give a"
             " folder with config.json and weights, or a Hub id of a text-generation model."
         ) from None
-    return loaded.to("cuda" if cuda else "cpu").eval(), tokenizer
 
 
 def model_name(model: str) -> str:

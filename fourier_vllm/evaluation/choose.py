@@ -50,7 +50,7 @@ class Choice(Protocol):
     @property
     def targets(self) -> Sequence[str]: ...
     @property
-    def compare(self) -> Sequence[str]: ...
+    def compare(self) -> Sequence[str] | None: ...
 
 
 def choose_formats(options: Choice, model: ModelFingerprint) -> list[Format]:
@@ -82,7 +82,10 @@ def choose_formats(options: Choice, model: ModelFingerprint) -> list[Format]:
         ours = [Fourier(recipe) for recipe in shipped if recipe is not None]
     theirs = comparators(options.compare, model)
     if not ours and not theirs:
-        raise ValueError("there is nothing to evaluate: give --recipe, --target or --compare.")
+        raise ValueError(
+            "there is nothing to evaluate: no recipe is shipped for this model, make one with"
+            " `fourier-vllm calibrate` and give it as --recipe."
+        )
     forms: list[Format] = [COMPARATORS["exact"](model), *ours, *theirs]
     names = [form.name for form in forms]
     for name in names:
@@ -91,8 +94,9 @@ def choose_formats(options: Choice, model: ModelFingerprint) -> list[Format]:
     return forms
 
 
-def comparators(names: Sequence[str], model: ModelFingerprint) -> list[Format]:
-    """The formats of `--compare`, in the registry's order."""
+def comparators(names: Sequence[str] | None, model: ModelFingerprint) -> list[Format]:
+    """The formats of `--compare`, in the registry's order; None is all of them."""
+    names = ("all",) if names is None else names
     known = [name for name in (*COMPARATORS, PAPER_PAGES) if name != "exact"]
     for name in names:
         if name not in (*known, "exact", "all", "none"):

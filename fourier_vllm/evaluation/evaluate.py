@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from fourier_vllm._text import nearest, show
+from fourier_vllm._text import show
 from fourier_vllm.calibration.model import (
     fingerprint_of,
     full_attention_layers,
     load,
     max_tokens,
-    model_name,
 )
 from fourier_vllm.evaluation import results
-from fourier_vllm.evaluation.choose import Span, choose_formats, span_of
-from fourier_vllm.evaluation.contexts import BEHIND_TOKENS, contexts, prefills, read_documents
+from fourier_vllm.evaluation.choose import Span
+from fourier_vllm.evaluation.contexts import prefills
 from fourier_vllm.evaluation.formats.base import Format
-from fourier_vllm.evaluation.formats.fourier import Fourier
-from fourier_vllm.evaluation.machine import commit, machine, versions
-from fourier_vllm.evaluation.session import Session, hold, prefill, stack
-from fourier_vllm.evaluation.tasks import TASKS
+from fourier_vllm.evaluation.options import Options, check
+from fourier_vllm.evaluation.plan import make_plan
+from fourier_vllm.evaluation.session import CodecSession, hold, prefill, stack
 from fourier_vllm.evaluation.tasks.base import Probe
-from fourier_vllm.evaluation.tasks.haystack import MAX_NEEDLES
-from fourier_vllm.recipe import Recipe
 
 STACK_BYTES = 2 << 30  # of the caches that are run as one batch
 
@@ -40,30 +34,16 @@ STACK_BYTES = 2 << 30  # of the caches that are run as one batch
 SAME = ("model", "fingerprint", "settings", "recipes", "versions", "commit")
 
 
-@dataclass(frozen=True)
-class Options:
-    """What `fourier-vllm eval` was asked for."""
-
-    model: str
-    recipes: Sequence[Path] = ()
-    targets: Sequence[str] = ()
-    tasks: Sequence[str] = tuple(TASKS)
-    compare: Sequence[str] = ("all",)
-    context: int = 7168
-    documents: int = 8
-    questions: int = 8
-    repeats: int = 1
-    text: Sequence[Path] = ()
-    out: Path = field(default_factory=lambda: Path("eval"))
-    device: str | None = None
-    seed: int = 0
-
-
 def run(options: Options) -> int:
     """Evaluate, write the report and print its table; returns the exit code."""
     from fourier_vllm.evaluation.report import write
 
     check(options)
+    if options.engine:
+        from fourier_vllm.evaluation.engine_run import evaluate_engine
+
+        print(write(evaluate_engine(options), options.out))
+        return 0
     try:
         data = evaluate(options)
     except torch.OutOfMemoryError:
@@ -72,34 +52,6 @@ def run(options: Options) -> int:
         ) from None
     print(write(data, options.out))
     return 0
-
-
-def check(options: Options) -> None:
-    """Refuse before a model is loaded.
-
-    Raises
-    ------
-    ValueError
-        An option is out of range or names something unknown, or the folder cannot be written.
-    """
-    for name in options.tasks:
-        if name not in TASKS:
-            raise ValueError(f"--tasks has {show(name)}, which is unknown: {nearest(name, TASKS)}.")
-    for option, value, highest in (
-        ("--documents", options.documents, 1 << 20),
-        ("--questions", options.questions, MAX_NEEDLES),
-        ("--repeats", options.repeats, 1 << 10),
-        ("--context", options.context, 1 << 24),
-    ):
-        if not 1 <= value <= highest:
-            raise ValueError(f"{option} must be 1 to {highest}, found {value}: choose another one.")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--out {show(options.out, 120)} cannot be made ({error.strerror}): give a folder that"
-            " can be written."
-        ) from None
 
 
 def evaluate(options: Options) -> dict[str, Any]:
@@ -118,52 +70,28 @@ def evaluate(options: Options) -> dict[str, Any]:
     model, tokenizer = load(options.model)
     if options.device is not None:
         model = on_device(model, options.device)
-    forms = choose_formats(options, fingerprint_of(model))
-    span = span_of(forms, options.context)
-    longest = max_tokens(model) - BEHIND_TOKENS
-    if options.context > longest:
-        raise ValueError(
-            f"--context must be at most {longest} for this model of {max_tokens(model)} tokens,"
-            f" found {options.context}: choose a smaller one."
-        )
-    texts = read_documents(options)
+    plan = make_plan(
+        options,
+        tokenizer,
+        fingerprint_of(model),
+        max_tokens(model),
+        {"dtype": str(model.dtype).removeprefix("torch.")},
+        str(model.device),
+    )
+    forms, record = plan.forms, plan.record
     file = options.out / "results.json"
     rows = results.Rows({form.name: form.family for form in forms})
-    record: dict[str, Any] = {
-        "format": results.FORMAT,
-        "model": model_name(options.model),
-        "fingerprint": fingerprint_of(model).model_dump(),
-        "settings": {
-            "tasks": list(options.tasks),
-            "formats": [form.name for form in forms],
-            "context": options.context,
-            "documents": options.documents,
-            "questions": options.questions,
-            "repeats": options.repeats,
-            "text": [file.name for file in options.text] or "Python's manuals",
-            "text_sha256": fingerprint_of_texts(texts),
-            "seed": options.seed,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            **span._asdict(),
-        },
-        "recipes": {form.name: origin(form.recipe) for form in forms if isinstance(form, Fourier)},
-        "versions": versions(),
-        "commit": commit(),
-        "machine": machine(str(model.device)),
-    }
     done, seconds = resume(file, record, rows)
     layers = full_attention_layers(model)
-    start = tokenizer("").input_ids[:1]
-    first = start if start and start[0] == tokenizer.bos_token_id else []
     for number in range(done, options.documents):
-        for _ in contexts(options, texts[number], number, tokenizer, first, span):
+        for _ in plan.contexts(number):
             pass  # a text that will not do is refused before hours of work
     total = (options.documents - done) * len(forms) * prefills(options)
     with tqdm(total=total, desc="eval", unit="cache", disable=None) as bar:
         for number in range(done, options.documents):
             began = time.perf_counter()
-            for ids, probes in contexts(options, texts[number], number, tokenizer, first, span):
-                measure(model, ids, probes, forms, layers, span, rows, bar.update)
+            for ids, probes in plan.contexts(number):
+                measure(model, ids, probes, forms, layers, plan.span, rows, bar.update)
             seconds += time.perf_counter() - began
             record |= {
                 "documents_done": number + 1,
@@ -190,7 +118,7 @@ def measure(
     for batch in batches(zip(forms, held, strict=True), layers):
         for form, (_, bits) in batch:
             rows.bits[form.name].append(bits)
-        session = Session(model, stack([cache for _, (cache, _) in batch]), len(ids))
+        session = CodecSession(model, stack([cache for _, (cache, _) in batch]), len(ids))
         for task, probe in probes:
             for (form, _), metrics in zip(batch, probe.measure(session), strict=True):
                 rows.add(form.name, task, metrics)
@@ -232,17 +160,6 @@ def on_device(model: Any, device: str) -> Any:
         raise ValueError(
             f"--device {show(device)} cannot be used ({reason}): choose cpu, cuda or cuda:N."
         ) from None
-
-
-def fingerprint_of_texts(texts: Sequence[str]) -> str:
-    """Manuals differ between versions of Python."""
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
-
-
-def origin(recipe: Recipe) -> dict[str, Any]:
-    """Which recipe it was, and where it comes from."""
-    digest = hashlib.sha256(recipe.dumps().encode()).hexdigest()
-    return {"sha256": digest, **recipe.provenance.model_dump(exclude_none=True)}
 
 
 def resume(file: Path, record: dict[str, Any], rows: results.Rows) -> tuple[int, float]:

@@ -25,10 +25,10 @@ def machine(device: str) -> dict[str, str | int | None]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of what a result depends on."""
+def versions(*more: str) -> dict[str, str]:
+    """Installed versions of what a result depends on, and of `more` packages."""
     found = {}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

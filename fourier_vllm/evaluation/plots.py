@@ -29,11 +29,11 @@ PLOTS = (
 
 
 def draw(data: Mapping[str, Any], out: Path) -> list[Path]:
-    """Write `TASK.png` and `TASK.svg` of each task that was run; returns their paths."""
+    """Write `TASK.png` and `TASK.svg` of each task whose metric was measured; returns their paths."""
     written = []
     rows = data["rows"]
     for task, metric, label, log in PLOTS:
-        if task not in rows[0]["tasks"]:
+        if metric not in rows[0]["tasks"].get(task, {}):
             continue
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         lines(axes, rows, task, metric, log)

@@ -67,7 +67,7 @@ def table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
 
 def same_bytes(rows: Sequence[Row]) -> list[list[str]]:
     """Every comparator that keeps something, and what ours reaches without taking more bits."""
-    if "nll" not in rows[0]["tasks"]:
+    if "kl" not in rows[0]["tasks"].get("nll", {}):
         return []
     ours = [row for row in rows if row["family"] == OURS]
     found = []
@@ -88,11 +88,18 @@ def _kl(row: Row) -> str:
 def caption(data: Mapping[str, Any]) -> str:
     """Model, contexts, and what was measured with."""
     settings, machine = data["settings"], data.get("machine", {})
+    engine = settings.get("engine")
+    way = (
+        f", through vLLM with {engine['prefill']} prefill in chunks of"
+        f" {engine['max_num_batched_tokens']}"
+        if engine
+        else ""
+    )
     versions = [f"{name} {version}" for name, version in data.get("versions", {}).items()]
     return (
         f"{data['model']}, {data['documents_done']} documents ({settings['text']}), contexts of"
         f" {settings['context']} tokens of which {settings['start']} to {settings['end']} are"
-        f" compressed, seed {settings['seed']}, {settings['dtype']} on {machine.get('device')};"
+        f" compressed, seed {settings['seed']}, {settings['dtype']} on {machine.get('device')}{way};"
         f" {', '.join(versions)}{', commit ' + data['commit'] if data.get('commit') else ''}."
     )
 
@@ -110,10 +117,9 @@ def _tasks(rows: Sequence[Row]) -> list[Column]:
     columns: list[Column] = []
     if "nll" in exact:
         base = exact["nll"]["nll"]
-        columns += [
-            ("KL", _kl),
-            ("NLL", lambda row: f"{row['tasks']['nll']['nll'] - base:+.4f}"),
-        ]
+        if "kl" in exact["nll"]:
+            columns.append(("KL", _kl))
+        columns.append(("NLL", lambda row: f"{row['tasks']['nll']['nll'] - base:+.4f}"))
     for task in exact:
         if "right" in exact[task]:
             columns += [(task, _right(task)), (f"{task} log p", _mean(task, "logp", ".3f"))]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fourier_vllm.evaluation.formats.base import Format
+from fourier_vllm.evaluation.tasks.base import Scores
 
 
 @torch.inference_mode()
@@ -79,7 +80,7 @@ def stack(caches: Sequence[Any]) -> Any:
     return batch
 
 
-class Session:
+class CodecSession:
     """Questions to a context in B formats.
 
     Parameters
@@ -108,25 +109,16 @@ class Session:
         ).logits
 
     @torch.inference_mode()
-    def log_probs(self, prompt: Sequence[int], target: Sequence[int]) -> Iterator[Tensor]:
-        """Log-probabilities of every token at each place of `target`, after the context and `prompt`.
-
-        Parameters
-        ----------
-        prompt, target : sequence of int
-            Token ids, at least one each.
-
-        Yields
-        ------
-        Tensor [len(target), V], float32
-            One a format.
-        """
+    def score(self, prompt: Sequence[int], target: Sequence[int]) -> Iterator[Scores]:
+        """Log-probabilities of `target` and of the whole vocabulary at its places."""
         fed = torch.tensor([*prompt, *target[:-1]], device=self.model.device)
         logits = self._forward(
             fork(self.cache), fed.expand(self.size, -1), self.position, len(target)
         )
+        places = torch.tensor(target, device=self.model.device)[:, None]
         for row in logits:
-            yield row.float().log_softmax(-1)
+            logp = row.float().log_softmax(-1)
+            yield Scores(logp.gather(1, places)[:, 0], logp)
 
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int], count: int) -> list[list[int]]:

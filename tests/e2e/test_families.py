@@ -13,7 +13,7 @@ import torch
 from fourier_vllm import cli
 from fourier_vllm.calibration.model import fingerprint_of, full_attention_layers, load
 from fourier_vllm.evaluation.formats.fourier import Fourier
-from fourier_vllm.evaluation.session import Session, hold, prefill
+from fourier_vllm.evaluation.session import CodecSession, hold, prefill
 from fourier_vllm.recipe import Recipe
 from tests.e2e.engine import engine, generate, prompts
 from tests.e2e.toys import add_tokenizer
@@ -52,9 +52,8 @@ def test_calibrate_serve_evaluate(toy, family, tmp_path, capsys):
     sealed, _ = hold(exact, Fourier(recipe), layers, S, SEALED)
     errors = []
     for cache in (sealed, exact):
-        (logp,) = Session(model, cache, PROMPT).log_probs(answer[:1], answer[1:])
-        found = logp.gather(1, torch.tensor(answer[1:])[:, None])[:, 0]
-        errors.append(float((found - served).abs().mean()))
+        (scores,) = CodecSession(model, cache, PROMPT).score(answer[:1], answer[1:])
+        errors.append(float((scores.target - served).abs().mean()))
     assert errors[0] < 1e-3 < 1e-2 < errors[1]
 
     out = tmp_path / "eval"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fourier_vllm.evaluation.formats.base import Held, bits_per_value
+from fourier_vllm.evaluation.formats.base import Held
 from fourier_vllm.inspection import layouts
 from fourier_vllm.kernels.reference import PageCodec
 from fourier_vllm.recipe import Recipe
@@ -34,11 +34,15 @@ class Fourier:
             # A model computed in float32 is still served in 16 bits.
             dtype = torch.bfloat16 if k.dtype == torch.float32 else k.dtype
             self.codecs[layer] = PageCodec(self.layouts[layer], dtype, k.device)
-        layout = self.layouts[layer]
-        pages = k.shape[1] // layout.page_size
         sealed = through_pages(self.codecs[layer], k, v, start)
         middle = [x[:, start:] for x in sealed]
-        return Held(middle[0], middle[1], bits_per_value(8 * pages * layout.page_bytes, middle[0]))
+        return Held(middle[0], middle[1], self.bits(start, k.shape[1], layer))
+
+    def bits(self, start: int, end: int, layer: int) -> float:
+        """Stored bits a value of tokens `start` to `end`: whole pages, padding too."""
+        layout = self.layouts[layer]
+        values = 2 * layout.num_kv_heads * (end - start) * layout.head_size
+        return 8 * (end // layout.page_size) * layout.page_bytes / values
 
 
 def through_pages(codec: PageCodec, k: Tensor, v: Tensor, pinned: int) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fourier_vllm.evaluation.session import Session
-from fourier_vllm.evaluation.tasks.base import Metrics, Probe, Source, plain_context
+from fourier_vllm.evaluation.tasks.base import Metrics, Probe, Session, Source, plain_context
 
 GENERATED_TOKENS = 256
 

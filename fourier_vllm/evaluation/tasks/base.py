@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from fourier_vllm.evaluation.session import Session
+from torch import Tensor
 
 Metrics = dict[str, float]
 
@@ -48,10 +48,37 @@ class Source:
         return random.Random(self.seed)
 
 
+class Scores(NamedTuple):
+    """Log-probabilities of a target behind a context.
+
+    Attributes
+    ----------
+    target : Tensor [t], float32
+        Of the target's own tokens.
+    vocabulary : Tensor [t, V], float32, or None
+        Of every token at the same places; None where only the target's own are known.
+    """
+
+    target: Tensor
+    vocabulary: Tensor | None
+
+
+class Session(Protocol):
+    """Questions to one context, held in one or several formats; none leaves a trace for the next."""
+
+    def score(self, prompt: Sequence[int], target: Sequence[int]) -> Iterator[Scores]:
+        """Score `target` behind the context and `prompt`, at least one token each, in each format."""
+        ...
+
+    def generate(self, prompt: Sequence[int], count: int) -> list[list[int]]:
+        """`count` greedy tokens behind the context and `prompt`, in each format."""
+        ...
+
+
 class Probe(Protocol):
     """One question about a context.
 
-    A probe meets the formats in batches, the first of which begins with exact; it may keep what
+    A probe meets the formats in sessions, the first of which begins with exact; it may keep what
     exact answered.
     """
 

@@ -11,11 +11,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from fourier_vllm.evaluation.needles import WORDS
-from fourier_vllm.evaluation.session import Session
-from fourier_vllm.evaluation.tasks.base import Metrics, Source
+from fourier_vllm.evaluation.tasks.base import Metrics, Session, Source
 
 BREAK = re.compile(r"\n|(?<=[.!?]) ")  # where a sentence may be put between two others
 MARGIN = 0.01  # of the middle, at both ends
@@ -105,11 +102,7 @@ class Question:
         return cls(ids, target, answer, source.decode, share)
 
     def measure(self, session: Session) -> list[Metrics]:
-        target = torch.tensor(self.target, device=session.model.device)
-        logps = [
-            float(logp.gather(1, target[:, None]).mean())
-            for logp in session.log_probs(self.prompt, self.target)
-        ]
+        logps = [float(scores.target.mean()) for scores in session.score(self.prompt, self.target)]
         texts = session.generate(self.prompt, len(self.target) + EXTRA_TOKENS)
         shares = [self.share(self.decode(text)) for text in texts]
         return [

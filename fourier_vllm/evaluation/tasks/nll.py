@@ -1,14 +1,15 @@
-"""`nll`: the next 512 tokens, their NLL and the KL divergence from exact attention, in nats a token."""
+"""`nll`: the next 512 tokens, their NLL and the KL divergence from exact attention, in nats a token.
+
+There is no KL where a session does not tell the probabilities of the whole vocabulary.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from fourier_vllm.evaluation.session import Session
-from fourier_vllm.evaluation.tasks.base import Metrics, Probe, Source, plain_context
+from fourier_vllm.evaluation.tasks.base import Metrics, Probe, Session, Source, plain_context
 
 SCORED_TOKENS = 512
 
@@ -22,13 +23,14 @@ class Continuation:
 
     def measure(self, session: Session) -> list[Metrics]:
         found = []
-        target = torch.tensor(self.ids[1:], device=session.model.device)
-        for logp in session.log_probs(self.ids[:1], self.ids[1:]):
-            if self.exact is None:
-                self.exact = logp
-            kl = (self.exact.exp() * (self.exact - logp)).sum(-1)
-            nll = -logp.gather(1, target[:, None])
-            found.append({"nll": float(nll.mean()), "kl": float(kl.mean())})
+        for target, logp in session.score(self.ids[:1], self.ids[1:]):
+            metrics = {"nll": -float(target.mean())}
+            if logp is not None:
+                if self.exact is None:
+                    self.exact = logp
+                kl = (self.exact.exp() * (self.exact - logp)).sum(-1)
+                metrics["kl"] = float(kl.mean())
+            found.append(metrics)
         return found
 
 

@@ -1,0 +1,65 @@
+"""`fourier-vllm eval --engine`, beside the same evaluation with the codec in the loop of transformers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from fourier_vllm.evaluation import engine_run
+from fourier_vllm.evaluation.evaluate import evaluate, run
+from fourier_vllm.evaluation.options import Options
+from fourier_vllm.recipe import ModelFingerprint, target_recipe
+
+TASKS = "fourier_vllm.evaluation.tasks"
+SMOLLM2 = ModelFingerprint(
+    architecture="LlamaForCausalLM",
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_size=64,
+    rope_theta=1e5,
+)
+
+
+def test_engine_and_codec_agree(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """In float32, with a prompt in one chunk, both ways prefill exactly and read the same pages."""
+    monkeypatch.setattr(engine_run, "DTYPE", "float32")
+    monkeypatch.setattr(sys.modules[f"{TASKS}.agreement"], "GENERATED_TOKENS", 48)
+    monkeypatch.setattr(sys.modules[f"{TASKS}.nll"], "SCORED_TOKENS", 128)
+    target_recipe(SMOLLM2, "lossless").save(tmp_path / "lossless.json")
+    common = dict(targets=["balanced"], context=1536, documents=1, questions=2)
+    options = Options(
+        str(smollm2),
+        recipes=[tmp_path / "lossless.json"],
+        tasks=["nll", "multikey", "agreement"],
+        out=tmp_path / "engine",
+        engine=True,
+        **common,
+    )
+    assert run(options) == 0
+    assert "through vLLM with windowed prefill in chunks of 2048" in capsys.readouterr().out
+    data = json.loads((tmp_path / "engine/results.json").read_text())
+    assert data["settings"]["engine"]["max_num_batched_tokens"] == 2048
+    assert "vllm" in data["versions"]
+    rows = {row["name"]: row for row in data["rows"]}
+    assert list(rows) == ["exact", "lossless", "balanced"]
+    exact, lossless, balanced = (row["tasks"] for row in rows.values())
+    assert lossless["agreement"] == exact["agreement"] == {"same": 1.0, "prefix": 48.0}
+    assert lossless["nll"]["nll"] == pytest.approx(exact["nll"]["nll"], abs=1e-4)
+    assert len(rows["balanced"]["samples"]["tasks"]["multikey"]["right"]) == 2
+    assert "kl" not in balanced["nll"]
+    assert balanced["nll"]["nll"] != exact["nll"]["nll"]  # pages were read
+
+    (tmp_path / "codec").mkdir()
+    codec = evaluate(
+        Options(str(smollm2), tasks=["nll"], compare=["none"], out=tmp_path / "codec", **common)
+    )
+    for row in codec["rows"]:
+        assert rows[row["name"]]["bits"] == pytest.approx(row["bits"])
+        ours = rows[row["name"]]["tasks"]["nll"]["nll"]
+        assert ours == pytest.approx(row["tasks"]["nll"]["nll"], abs=1e-3)
