@@ -134,7 +134,7 @@ def seal_channel(
 
 @triton.jit
 def seal_tokens(
-    b_x, o_w, i_e, p_page, i_h, p_rotation, o_codes, o_high, o_scale, o_zero,
+    b_x, o_w, i_e, p_page, i_h, p_signs, signs_scale, o_codes, o_high, o_scale, o_zero,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, ET: tl.constexpr,
     BITS: tl.constexpr, SHARE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -145,8 +145,8 @@ def seal_tokens(
         o_v = (i_h * W + o_w)[:, None] * D + o_d[None, :]
         tl.store((p_page + o_codes).to(tl.pointer_type(DTYPE)) + o_v, b_x.to(DTYPE), mask=m_d)
     else:
-        b_r = tl.load(p_rotation + o_d[:, None] * BD + o_d[None, :])
-        b_x = tl.dot(b_x, b_r, input_precision="tf32")
+        b_r = tl.load(p_signs + o_d[:, None] * BD + o_d[None, :])
+        b_x = tl.dot(b_x, b_r, input_precision="tf32") * signs_scale
         b_low = tl.min(tl.where(m_d, b_x, float("inf")), 1)
         b_high = tl.max(tl.where(m_d, b_x, -float("inf")), 1)
         b_cut = (b_high - b_low) * ((1.0 - SHARE) / 2)
@@ -171,11 +171,11 @@ def seal_tokens(
 @triton.jit
 def seal_kernel(
     p_k, p_v, p_local, p_local_table, p_pages, p_page_table, p_seq_lens, p_query_start,
-    p_basis, p_rotation, p_k_dims, p_v_dims,
+    p_basis, p_signs, p_k_dims, p_v_dims,
     ok_coef, ok_coef_scale, ok_raw, ok_codes, ok_scale, ok_zero,
     ov_coef, ov_coef_scale, ov_raw, ov_codes, ov_scale, ov_zero, ov_high,
     stride_k, stride_v, stride_block, stride_head, stride_token, stride_local_table,
-    stride_page, stride_page_table, S, M,
+    stride_page, stride_page_table, signs_scale, S, M,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, ET: tl.constexpr,
     BLOCK: tl.constexpr, V_BITS: tl.constexpr, SHARE: tl.constexpr, DTYPE: tl.constexpr,
     K_SMALL: tl.constexpr, K_CODES: tl.constexpr, K_RAW: tl.constexpr,
@@ -220,7 +220,7 @@ def seal_kernel(
                               stride_v, stride_block, stride_head, stride_token, D, BD,
                               BLOCK)  # fmt: skip
             b_x = without_pinned(b_x, o_t, num_pinned, b_mean)
-            seal_tokens(b_x, o_t, i_e, p_page, i_h, p_rotation, ov_codes, ov_high, ov_scale,
+            seal_tokens(b_x, o_t, i_e, p_page, i_h, p_signs, signs_scale, ov_codes, ov_high, ov_scale,
                         ov_zero, H, D, BD, W, ET, V_BITS, SHARE, DTYPE)  # fmt: skip
 
 
@@ -261,9 +261,9 @@ def seal(
     grid = (2 * H, triton.cdiv(max_query_len, W), len(seq_lens))
     seal_kernel[grid](
         k, v, local, local_table, pages, page_table, seq_lens, query_start_loc,
-        tables.basis, tables.rotation, kt.dims, vt.dims, *kt.offsets, *planes, high,
+        tables.basis, tables.signs, kt.dims, vt.dims, *kt.offsets, *planes, high,
         k.stride(0), v.stride(0), *local.stride()[:3], local_table.stride(0),
-        pages.stride(0), page_table.stride(0), sink_tokens, m,
+        pages.stride(0), page_table.stride(0), tables.signs_scale, sink_tokens, m,
         H=H, D=D, BD=next_power_of_2(D), W=W, ET=8,
         BLOCK=local.shape[2], V_BITS=tables.v_bits, SHARE=range_share(tables.v_bits),
         DTYPE=TL_DTYPES[k.dtype],

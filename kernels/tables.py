@@ -127,6 +127,8 @@ class Tables:
         DCT-II rows, zero beyond the m coefficients.
     rotation : Tensor [BD, BD], float32
         Of V's token codec, zero beyond the D dims; the identity where nothing is rotated.
+    signs, signs_scale : Tensor [BD, BD], float
+        The same as a product; where D is a power of two `signs` is +-1, exact in any precision.
     """
 
     layout: PageLayout
@@ -136,6 +138,8 @@ class Tables:
     v_offsets: tuple[int, int, int, int]
     basis: Tensor
     rotation: Tensor
+    signs: Tensor
+    signs_scale: float
 
     @classmethod
     def build(cls, layout: PageLayout, device: torch.device | str) -> Tables:
@@ -166,6 +170,7 @@ class Tables:
         else:
             v = ChannelTables.build(layout.v, layout, device)
         turn[:D, :D] = rotation(D) if 0 < bits < 16 else torch.eye(D)
+        signs_scale = (D & -D) ** -0.5
         return cls(
             layout=layout,
             k=k,
@@ -174,4 +179,6 @@ class Tables:
             v_offsets=offsets,
             basis=basis.to(device),
             rotation=turn.to(device),
+            signs=(turn / signs_scale).to(device),
+            signs_scale=signs_scale,
         )

@@ -62,7 +62,7 @@ def check(
             ):  # fmt: skip
                 kept = slice(int(pinned), W)
                 # Codes on an edge may fall to either side; the error to the original may not grow.
-                assert_close(f"{name} of {recipe}", x[:, kept], y[:, kept], 2e-2)
+                assert_close(f"{name} of {recipe}", x[:, kept], y[:, kept], 4e-2)
                 exact = original[b, at].float()[None, kept]
                 lost, same = ((z[:, kept] - exact).square().sum() for z in (y, x))
                 assert lost <= same * 1.01 + 1e-6
