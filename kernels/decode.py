@@ -20,6 +20,7 @@ from fourier_vllm.kernels.page_attention import (
 )
 from fourier_vllm.kernels.tables import Tables, next_power_of_2
 
+MIN_ROWS = 8  # columns of the smallest matrix instruction
 LOG2_E = 1.4426950408889634
 TL_DTYPES = {
     torch.float32: tl.float32,
@@ -61,8 +62,9 @@ def pages_kernel(
     o_t, o_g = o_m // G, i_h * G + o_m % G
     o_row = (start + o_t).to(tl.int64) * stride_q + o_g * D
     o_d = tl.arange(0, BD)
-    m_q = m_row[:, None] & (o_d < D)[None, :]
-    b_q = tl.load(p_q + o_row[:, None] + o_d[None, :], mask=m_q, other=0.0).to(tl.float32) * q_scale
+    m_q = (o_d < D)[:, None] & m_row[None, :]
+    b_q = tl.load(p_q + o_row[None, :] + o_d[:, None], mask=m_q, other=0.0)
+    b_q = (b_q.to(tl.float32) * q_scale).to(tl.float16)  # [BD, BM]
 
     num_pages = tl.load(p_num_pages + i_b)
     b_end = tl.full([BM], 0, tl.int32) + num_pages
@@ -71,60 +73,56 @@ def pages_kernel(
         b_end = first_raw(b_n, num_pages, tl.load(p_gap_pages + i_b), L, W)
     share = tl.cdiv(num_pages, SPLITS)
     b_max = tl.full([BM], -float("inf"), tl.float32)
-    b_sum = tl.zeros([BM], tl.float32)
-    b_acc = tl.zeros([BM, BD], tl.float32)
+    # Summed over tokens once, at the end.
+    b_sums = tl.zeros([QW, BM], tl.float32)
+    b_zeros = tl.zeros([QW, BM], tl.float32)
+    b_acc = tl.zeros([BD, BM], tl.float32)
     o_j = tl.arange(0, QW)
     for i_p in range(i_s * share, tl.minimum(num_pages, (i_s + 1) * share)):
         page = tl.load(p_page_table + i_b.to(tl.int64) * stride_table + i_p).to(tl.int64)
         p_page = p_pages + page * stride_page
         if MC > 0:
             b_s0, b_s1, b_s2, b_s3 = spectral_scores(
-                b_q, p_basis, p_page, i_h, ok_coef, ok_coef_scale, M, MC, D, BD, QW, K_SMALL, DTYPE
-            )
+                b_q, p_basis, p_page, i_h, ok_coef, ok_coef_scale, M, MC, D, BD, QW, BM, K_SMALL,
+                DTYPE, ASM,
+            )  # fmt: skip
         else:
-            b_s0 = tl.zeros([BM, QW], tl.float32)
+            b_s0 = tl.zeros([QW, BM], tl.float32)
             b_s1, b_s2, b_s3 = b_s0, b_s0, b_s0
         if K_CODES:
             b_s0, b_s1, b_s2, b_s3 = column_scores(
                 b_s0, b_s1, b_s2, b_s3, p_q, o_row, m_row, q_scale, p_page, i_h,
                 p_k_column_start, p_k_column_dim, p_k_column_coded, p_k_column_level,
-                ok_codes, ok_scale, ok_zero, QW, BN, ASM,
+                ok_codes, ok_scale, ok_zero, QW, BM, BN, ASM,
             )  # fmt: skip
         if K_RAW:
             b_s0, b_s1, b_s2, b_s3 = raw_scores(
                 b_s0, b_s1, b_s2, b_s3, p_q, o_row, m_row, q_scale, p_page, i_h,
                 p_k_raw_start, p_k_raw_dim, ok_raw, QW, BN, DTYPE,
             )  # fmt: skip
-        m_s = (i_p < b_end)[:, None]
-        o_w = i_p * W + o_j
-        b_s0 = tl.where(m_s & (o_w >= S)[None, :], b_s0, -float("inf"))
-        b_s1 = tl.where(m_s & (o_w + QW >= S)[None, :], b_s1, -float("inf"))
-        b_s2 = tl.where(m_s & (o_w + 2 * QW >= S)[None, :], b_s2, -float("inf"))
-        b_s3 = tl.where(m_s & (o_w + 3 * QW >= S)[None, :], b_s3, -float("inf"))
-        b_new = tl.maximum(
-            tl.maximum(tl.max(b_s0, 1), tl.max(b_s1, 1)),
-            tl.maximum(tl.max(b_s2, 1), tl.max(b_s3, 1)),
-        )
-        b_new = tl.maximum(b_max, b_new)
+        m_s = (i_p < b_end)[None, :]
+        o_w = (i_p * W + o_j)[:, None]
+        b_s0 = tl.where(m_s & (o_w >= S), b_s0, -float("inf"))
+        b_s1 = tl.where(m_s & (o_w + QW >= S), b_s1, -float("inf"))
+        b_s2 = tl.where(m_s & (o_w + 2 * QW >= S), b_s2, -float("inf"))
+        b_s3 = tl.where(m_s & (o_w + 3 * QW >= S), b_s3, -float("inf"))
+        b_most = tl.maximum(tl.maximum(b_s0, b_s1), tl.maximum(b_s2, b_s3))
+        b_new = tl.maximum(b_max, tl.max(b_most, 0))
         b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
-        b_old = tl.exp2(b_max - b_safe)
-        b_p0 = tl.exp2(b_s0 - b_safe[:, None])
-        b_p1 = tl.exp2(b_s1 - b_safe[:, None])
-        b_p2 = tl.exp2(b_s2 - b_safe[:, None])
-        b_p3 = tl.exp2(b_s3 - b_safe[:, None])
-        b_sum = b_sum * b_old + tl.sum(b_p0, 1) + tl.sum(b_p1, 1) + tl.sum(b_p2, 1)
-        b_sum += tl.sum(b_p3, 1)
-        b_acc *= b_old[:, None]
+        b_old = tl.exp2(b_max - b_safe)[None, :]
+        b_p0 = tl.exp2(b_s0 - b_safe[None, :])
+        b_p1 = tl.exp2(b_s1 - b_safe[None, :])
+        b_p2 = tl.exp2(b_s2 - b_safe[None, :])
+        b_p3 = tl.exp2(b_s3 - b_safe[None, :])
         b_max = b_new
+        b_sums = b_sums * b_old + (b_p0 + b_p1) + (b_p2 + b_p3)
+        b_zeros *= b_old
+        b_acc *= b_old
         if V_BITS > 0:
-            b_acc = token_values(b_acc, b_p0, 0, p_page, i_h, H, ov_codes, ov_high, ov_scale,
-                                 ov_zero, D, BD, QW, V_BITS, DTYPE, ASM)  # fmt: skip
-            b_acc = token_values(b_acc, b_p1, 1, p_page, i_h, H, ov_codes, ov_high, ov_scale,
-                                 ov_zero, D, BD, QW, V_BITS, DTYPE, ASM)  # fmt: skip
-            b_acc = token_values(b_acc, b_p2, 2, p_page, i_h, H, ov_codes, ov_high, ov_scale,
-                                 ov_zero, D, BD, QW, V_BITS, DTYPE, ASM)  # fmt: skip
-            b_acc = token_values(b_acc, b_p3, 3, p_page, i_h, H, ov_codes, ov_high, ov_scale,
-                                 ov_zero, D, BD, QW, V_BITS, DTYPE, ASM)  # fmt: skip
+            b_acc, b_zeros = token_values(
+                b_acc, b_zeros, b_p0, b_p1, b_p2, b_p3, p_page, i_h, H, ov_codes, ov_high,
+                ov_scale, ov_zero, D, BD, QW, V_BITS, DTYPE, ASM,
+            )  # fmt: skip
         else:
             b_acc = channel_values(
                 b_acc, b_p0, b_p1, b_p2, b_p3, p_basis, p_page, i_h,
@@ -132,10 +130,11 @@ def pages_kernel(
                 p_v_raw_start, p_v_raw_dim, ov_coef, ov_coef_scale, ov_raw, ov_codes, ov_scale,
                 ov_zero, M, MC, D, BD, QW, BN, V_SMALL, V_CODES, V_RAW, DTYPE,
             )  # fmt: skip
+    b_sum = tl.sum(b_sums, 0)
     b_some = tl.where(b_sum > 0, b_sum, 1.0)
+    b_acc = (b_acc + tl.sum(b_zeros, 0)[None, :]) / b_some[None, :]
     o_o = ((start + o_t).to(tl.int64) * (H * G) + o_g) * num_splits + i_s
-    p_out = p_acc + o_o[:, None] * D + o_d[None, :]
-    tl.store(p_out, b_acc / b_some[:, None], mask=m_q)
+    tl.store(p_acc + o_o[None, :] * D + o_d[:, None], b_acc, mask=m_q)
     b_lse = tl.where(b_sum > 0, b_max + tl.log2(b_some), -float("inf"))
     tl.store(p_lse + o_o, b_lse, mask=m_row)
 
@@ -187,7 +186,7 @@ def attend_pages(
     H, W, m = layout.num_kv_heads, layout.page_size, layout.coefficients
     G, B = Hq // H, len(num_pages)
     rows = max_query_len * G
-    BM = min(64, next_power_of_2(rows))
+    BM = min(64, next_power_of_2(rows, MIN_ROWS))
     k, v = tables.k, tables.v
     high = tables.v_offsets[1]
     if tables.v_bits:
@@ -209,5 +208,5 @@ def attend_pages(
         DTYPE=TL_DTYPES[q.dtype], ASM=q.is_cuda and torch.version.hip is None,
         K_SMALL=k.small_coefficients, K_CODES=k.has_codes, K_RAW=k.has_raw,
         V_SMALL=v.small_coefficients, V_CODES=v.has_codes, V_RAW=v.has_raw,
-        num_warps=4, num_stages=2,
+        num_warps=2 if BM <= 16 else 4, num_stages=2,
     )  # fmt: skip

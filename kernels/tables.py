@@ -15,9 +15,9 @@ MIN_PAGE_SIZE = 64  # a quarter of a page is a side of a matrix product
 MIN_DOT = 16
 
 
-def next_power_of_2(n: int) -> int:
-    """Smallest power of two that is at least `n` and fits a matrix product."""
-    return max(MIN_DOT, 1 << (n - 1).bit_length())
+def next_power_of_2(n: int, least: int = MIN_DOT) -> int:
+    """Smallest power of two that is at least `n` and `least`, the side of a matrix product."""
+    return max(least, 1 << (n - 1).bit_length())
 
 
 def _starts(dims: tuple[int, ...], head_size: int, num_heads: int) -> list[int]:

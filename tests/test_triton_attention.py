@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fourier_vllm.kernels import decode, decode_raw, prefill, reduce, tables
 from tests.numerics import DTYPES, assert_close
 from tests.test_reference import RECIPES, codec_of, tokens
-from tests.triton_kernels import DEVICE, decode, decode_raw, prefill, reduce, tables
+from tests.triton_kernels import DEVICE, needs_triton
+
+pytestmark = needs_triton
 
 H, BLOCK, SPARE = 2, 16, 3
 TOLERANCE = {"float32": 1e-3, "float16": 2e-3, "bfloat16": 5e-3}

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fourier_vllm.kernels import seal, tables
 from tests.numerics import DTYPES, assert_close
 from tests.test_reference import RECIPES, codec_of, tokens
-from tests.triton_kernels import DEVICE, seal, tables
+from tests.triton_kernels import DEVICE, needs_triton
+
+pytestmark = needs_triton
 
 H, BLOCK = 2, 16
 
