@@ -116,7 +116,8 @@ class Decode:
         self.seq_lens = numbers(*[context] * batch)
         self.starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
         rows = batch * H
-        self.splits = max(1, min(per, -(-264 // rows)))
+        sms = torch.cuda.get_device_properties(0).multi_processor_count
+        self.splits = decode.num_splits(batch, H, per, sms)
         self.raw_splits = 2 if rows < 132 else 1
         parts = self.splits + self.raw_splits
         self.acc = torch.empty(batch, Hq, parts, D, device="cuda")

@@ -139,6 +139,12 @@ def pages_kernel(
     tl.store(p_lse + o_o, b_lse, mask=m_row)
 
 
+def num_splits(batch: int, num_kv_heads: int, max_pages: int, num_sms: int) -> int:
+    """Shares of the pages that fill the GPU: a program is one warp, and registers hold 8 of them a SM."""
+    programs = 2 * 8 * num_sms
+    return max(1, min(max_pages, -(-programs // (batch * num_kv_heads))))
+
+
 def attend_pages(
     tables: Tables,
     q: Tensor,
@@ -203,10 +209,10 @@ def attend_pages(
         *k.tensors(), *v.tensors(), *k.offsets, *v_planes, high,
         q.stride(0), pages.stride(0), page_table.stride(0), sm_scale * LOG2_E, sink_tokens,
         local_window, m, acc.shape[2],
-        H=H, G=G, D=D, BD=next_power_of_2(D), W=W, MC=len(tables.basis) if m else 0, BM=BM, BN=32,
+        H=H, G=G, D=D, BD=next_power_of_2(D), W=W, MC=len(tables.basis) if m else 0, BM=BM, BN=64,
         SPLITS=splits, CAUSAL=seq_lens is not None, V_BITS=tables.v_bits,
         DTYPE=TL_DTYPES[q.dtype], ASM=q.is_cuda and torch.version.hip is None,
         K_SMALL=k.small_coefficients, K_CODES=k.has_codes, K_RAW=k.has_raw,
         V_SMALL=v.small_coefficients, V_CODES=v.has_codes, V_RAW=v.has_raw,
-        num_warps=2 if BM <= 16 else 4, num_stages=2,
+        num_warps=1 if BM <= 16 else 4, num_stages=1,
     )  # fmt: skip
