@@ -200,6 +200,8 @@ def attend_pages(
         v_planes = (0, 0, 0, codes, scale, zero)
     else:
         v_planes = v.offsets
+    is_small = BM <= 16 and W * D <= 128 * 128
+    fits_a_warp = is_small and 0 < tables.v_bits < 16 and not k.has_raw and len(tables.basis) <= 16
     grid = (triton.cdiv(rows, BM) * splits, H, B)
     pages_kernel[grid](
         q, pages, page_table, num_pages,
@@ -214,5 +216,5 @@ def attend_pages(
         DTYPE=TL_DTYPES[q.dtype], ASM=q.is_cuda and torch.version.hip is None,
         K_SMALL=k.small_coefficients, K_CODES=k.has_codes, K_RAW=k.has_raw,
         V_SMALL=v.small_coefficients, V_CODES=v.has_codes, V_RAW=v.has_raw,
-        num_warps=1 if BM <= 16 else 4, num_stages=1,
+        num_warps=1 if fits_a_warp else 4, num_stages=1,
     )  # fmt: skip

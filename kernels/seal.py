@@ -40,11 +40,10 @@ def store_fp16(p_page, o, b_x, m):
 
 @triton.jit
 def load_tokens(
-    o_t, p_new, p_local, p_table, i_h, is_v, start, context, stride_new, stride_block, stride_head,
-    stride_token, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
+    o_t, o_d, p_new, p_local, p_table, i_h, is_v, start, context, stride_new, stride_block,
+    stride_head, stride_token, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Tokens at positions `o_t [n]`, from this step or from the local cache, `[n, BD]` float32."""
-    o_d = tl.arange(0, BD)
+    """Dims `o_d` of tokens at positions `o_t [n]`, from this step or the local cache, float32."""
     m_d = (o_d < D)[None, :]
     m_new = o_t >= context
     o_x = (start + o_t - context).to(tl.int64) * stride_new + i_h * D
@@ -134,38 +133,32 @@ def seal_channel(
 
 @triton.jit
 def seal_tokens(
-    b_x, o_w, i_e, p_page, i_h, p_signs, signs_scale, o_codes, o_high, o_scale, o_zero,
+    b_x, o_w, i_e, p_page, i_h, o_codes, o_high, o_scale, o_zero,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, ET: tl.constexpr,
-    BITS: tl.constexpr, SHARE: tl.constexpr, DTYPE: tl.constexpr,
+    BITS: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
-    """Write the tokens `o_w [8 * ET]` of a page: `ET` from `i_e` on of each eighth."""
+    """Write rotated tokens `o_w [8 * ET]` of a page: `ET` from `i_e` on of each eighth."""
     o_d = tl.arange(0, BD)
     m_d = (o_d < D)[None, :]
-    if BITS == 16:
-        o_v = (i_h * W + o_w)[:, None] * D + o_d[None, :]
-        tl.store((p_page + o_codes).to(tl.pointer_type(DTYPE)) + o_v, b_x.to(DTYPE), mask=m_d)
-    else:
-        b_r = tl.load(p_signs + o_d[:, None] * BD + o_d[None, :])
-        b_x = tl.dot(b_x, b_r, input_precision="tf32") * signs_scale
-        b_low = tl.min(tl.where(m_d, b_x, float("inf")), 1)
-        b_high = tl.max(tl.where(m_d, b_x, -float("inf")), 1)
-        b_cut = (b_high - b_low) * ((1.0 - SHARE) / 2)
-        b_zero = to_fp16(b_low + b_cut)
-        b_scale = (b_high - b_cut - b_zero.to(tl.float32)) / ((1 << BITS) - 1)
-        b_scale = to_fp16(tl.maximum(b_scale, 0.0))
-        store_fp16(p_page + o_scale, i_h * W + o_w, b_scale, o_w < W)
-        store_fp16(p_page + o_zero, i_h * W + o_w, b_zero, o_w < W)
-        b_codes = round_half_up((b_x - b_zero.to(tl.float32)[:, None]) / step_of(b_scale)[:, None])
-        b_codes = tl.minimum(tl.maximum(b_codes, 0.0), (1 << BITS) - 1.0).to(tl.int32)
-        o_i = tl.arange(0, 2 * ET)
-        o_q = ((o_i // ET) * (W // 8) + i_e + o_i % ET)[:, None] * D + o_d[None, :]
-        for i_level in tl.static_range(BITS // 2):
-            b_bytes = packed((b_codes >> (2 * i_level)) & 3, 2, 8 * ET, BD)
-            o_v = (i_level * H + i_h) * (W // 4) * D + o_q
-            tl.store(p_page + o_codes + o_v, b_bytes, mask=m_d)
-        if BITS == 3:
-            o_e = (i_h * (W // 8) + i_e + tl.arange(0, ET))[:, None] * D + o_d[None, :]
-            tl.store(p_page + o_high + o_e, packed(b_codes >> 2, 1, 8 * ET, BD), mask=m_d)
+    b_low = tl.min(tl.where(m_d, b_x, float("inf")), 1)
+    b_high = tl.max(tl.where(m_d, b_x, -float("inf")), 1)
+    b_cut = (b_high - b_low) * ((1.0 - SHARE) / 2)
+    b_zero = to_fp16(b_low + b_cut)
+    b_scale = (b_high - b_cut - b_zero.to(tl.float32)) / ((1 << BITS) - 1)
+    b_scale = to_fp16(tl.maximum(b_scale, 0.0))
+    store_fp16(p_page + o_scale, i_h * W + o_w, b_scale, o_w < W)
+    store_fp16(p_page + o_zero, i_h * W + o_w, b_zero, o_w < W)
+    b_codes = round_half_up((b_x - b_zero.to(tl.float32)[:, None]) / step_of(b_scale)[:, None])
+    b_codes = tl.minimum(tl.maximum(b_codes, 0.0), (1 << BITS) - 1.0).to(tl.int32)
+    o_i = tl.arange(0, 2 * ET)
+    o_q = ((o_i // ET) * (W // 8) + i_e + o_i % ET)[:, None] * D + o_d[None, :]
+    for i_level in tl.static_range(BITS // 2):
+        b_bytes = packed((b_codes >> (2 * i_level)) & 3, 2, 8 * ET, BD)
+        o_v = (i_level * H + i_h) * (W // 4) * D + o_q
+        tl.store(p_page + o_codes + o_v, b_bytes, mask=m_d)
+    if BITS == 3:
+        o_e = (i_h * (W // 8) + i_e + tl.arange(0, ET))[:, None] * D + o_d[None, :]
+        tl.store(p_page + o_high + o_e, packed(b_codes >> 2, 1, 8 * ET, BD), mask=m_d)
 
 
 @triton.jit
@@ -177,7 +170,7 @@ def seal_kernel(
     stride_k, stride_v, stride_block, stride_head, stride_token, stride_local_table,
     stride_page, stride_page_table, signs_scale, S, M,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, ET: tl.constexpr,
-    BLOCK: tl.constexpr, V_BITS: tl.constexpr, SHARE: tl.constexpr, DTYPE: tl.constexpr,
+    BK: tl.constexpr, BLOCK: tl.constexpr, V_BITS: tl.constexpr, SHARE: tl.constexpr, DTYPE: tl.constexpr,
     K_SMALL: tl.constexpr, K_CODES: tl.constexpr, K_RAW: tl.constexpr,
     V_SMALL: tl.constexpr, V_CODES: tl.constexpr, V_RAW: tl.constexpr,
 ):  # fmt: skip
@@ -190,38 +183,48 @@ def seal_kernel(
     page = tl.load(p_page_table + i_b.to(tl.int64) * stride_page_table + i_p).to(tl.int64)
     p_page = p_pages + page * stride_page
     p_table = p_local_table + i_b.to(tl.int64) * stride_local_table
-    o_w = tl.arange(0, W)
+    o_w, o_d = tl.arange(0, W), tl.arange(0, BD)
     num_pinned = tl.minimum(tl.maximum(S - i_p * W, 0), W)
     if is_v == 0:
-        b_x = load_tokens(i_p * W + o_w, p_k, p_local, p_table, i_h, 0, start, context, stride_k,
-                          stride_block, stride_head, stride_token, D, BD, BLOCK)  # fmt: skip
+        b_x = load_tokens(i_p * W + o_w, o_d, p_k, p_local, p_table, i_h, 0, start, context,
+                          stride_k, stride_block, stride_head, stride_token, D, BLOCK)  # fmt: skip
         b_x = without_pinned(b_x, o_w, num_pinned, mean_of_others(b_x, num_pinned, W))
         seal_channel(b_x, p_page, i_h, p_basis, p_k_dims, ok_coef, ok_coef_scale, ok_raw,
                      ok_codes, ok_scale, ok_zero, M, H, D, BD, W, K_SMALL, K_CODES, K_RAW,
                      DTYPE)  # fmt: skip
     elif V_BITS == 0:
-        b_x = load_tokens(i_p * W + o_w, p_v, p_local, p_table, i_h, 1, start, context, stride_v,
-                          stride_block, stride_head, stride_token, D, BD, BLOCK)  # fmt: skip
+        b_x = load_tokens(i_p * W + o_w, o_d, p_v, p_local, p_table, i_h, 1, start, context,
+                          stride_v, stride_block, stride_head, stride_token, D, BLOCK)  # fmt: skip
         b_x = without_pinned(b_x, o_w, num_pinned, mean_of_others(b_x, num_pinned, W))
         seal_channel(b_x, p_page, i_h, p_basis, p_v_dims, ov_coef, ov_coef_scale, ov_raw,
                      ov_codes, ov_scale, ov_zero, M, H, D, BD, W, V_SMALL, V_CODES, V_RAW,
                      DTYPE)  # fmt: skip
     else:
-        b_mean = tl.zeros([BD], tl.float32)
-        if num_pinned > 0:
-            b_x = load_tokens(i_p * W + o_w, p_v, p_local, p_table, i_h, 1, start, context,
-                              stride_v, stride_block, stride_head, stride_token, D, BD,
-                              BLOCK)  # fmt: skip
-            b_mean = mean_of_others(b_x, num_pinned, W)
         o_r = tl.arange(0, 8 * ET)
         for i_e in range(0, W // 8, ET):
             o_t = (o_r // ET) * (W // 8) + i_e + o_r % ET
-            b_x = load_tokens(i_p * W + o_t, p_v, p_local, p_table, i_h, 1, start, context,
-                              stride_v, stride_block, stride_head, stride_token, D, BD,
-                              BLOCK)  # fmt: skip
-            b_x = without_pinned(b_x, o_t, num_pinned, b_mean)
-            seal_tokens(b_x, o_t, i_e, p_page, i_h, p_signs, signs_scale, ov_codes, ov_high, ov_scale,
-                        ov_zero, H, D, BD, W, ET, V_BITS, SHARE, DTYPE)  # fmt: skip
+            b_turned = tl.zeros([8 * ET, BD], tl.float32)
+            for i_k in range(0, BD, BK):
+                o_k = i_k + tl.arange(0, BK)
+                b_x = load_tokens(i_p * W + o_t, o_k, p_v, p_local, p_table, i_h, 1, start,
+                                  context, stride_v, stride_block, stride_head, stride_token, D,
+                                  BLOCK)  # fmt: skip
+                if num_pinned > 0:
+                    b_all = load_tokens(i_p * W + o_w, o_k, p_v, p_local, p_table, i_h, 1, start,
+                                        context, stride_v, stride_block, stride_head,
+                                        stride_token, D, BLOCK)  # fmt: skip
+                    b_mean = mean_of_others(b_all, num_pinned, W)
+                    b_x = without_pinned(b_x, o_t, num_pinned, b_mean)
+                if V_BITS == 16:
+                    p_codes = (p_page + ov_codes).to(tl.pointer_type(DTYPE))
+                    o_v = (i_h * W + o_t)[:, None] * D + o_k[None, :]
+                    tl.store(p_codes + o_v, b_x.to(DTYPE), mask=(o_k < D)[None, :])
+                else:
+                    b_r = tl.load(p_signs + o_k[:, None] * BD + o_d[None, :])
+                    b_turned = tl.dot(b_x, b_r, b_turned, input_precision="tf32")
+            if V_BITS < 16:
+                seal_tokens(b_turned * signs_scale, o_t, i_e, p_page, i_h, ov_codes, ov_high,
+                            ov_scale, ov_zero, H, D, BD, W, ET, V_BITS, SHARE)  # fmt: skip
 
 
 def seal(
@@ -265,6 +268,7 @@ def seal(
         k.stride(0), v.stride(0), *local.stride()[:3], local_table.stride(0),
         pages.stride(0), page_table.stride(0), tables.signs_scale, sink_tokens, m,
         H=H, D=D, BD=next_power_of_2(D), W=W, ET=8,
+        BK=min(64, next_power_of_2(D)),
         BLOCK=local.shape[2], V_BITS=tables.v_bits, SHARE=range_share(tables.v_bits),
         DTYPE=TL_DTYPES[k.dtype],
         K_SMALL=kt.small_coefficients, K_CODES=kt.has_codes, K_RAW=kt.has_raw,

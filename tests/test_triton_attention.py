@@ -145,7 +145,7 @@ def test_every_dtype(dtype: str) -> None:
     check("mixed", dtype, seq_lens=(200,))
 
 
-@pytest.mark.parametrize("D", [64, 80])
+@pytest.mark.parametrize("D", [64, 80, 192, 256])
 def test_head_sizes(D: int) -> None:
     check("balanced", seq_lens=(180,), D=D, group=1)
 

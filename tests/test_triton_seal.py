@@ -83,7 +83,7 @@ def test_dtypes(dtype: str) -> None:
     check("mixed", dtype=dtype)
 
 
-@pytest.mark.parametrize("D", [64, 80])
+@pytest.mark.parametrize("D", [64, 80, 192, 256])
 def test_head_sizes(D: int) -> None:
     check("balanced", D=D)
 
