@@ -95,8 +95,9 @@ def calibrate(options: Options, progress: Path) -> Recipe:
         shape = (fingerprint.num_kv_heads, fingerprint.head_size, options.page_size)
         pages = Pages(*shape, aim.coefficients(options.page_size), aim.coefficient_bits)
         check_budget(pages, ratio, shards(options, fingerprint))
+    identity = (model_name(options.model), digest_of(model))
     if text is None:
-        documents = own_documents(options, model, tokenizer, text_file(progress))
+        documents = own_documents(options, model, tokenizer, identity, text_file(progress))
     else:
         longest = min(DOCUMENT_TOKENS, max_tokens(model))
         documents = cut(tokenizer, text[1], options.tokens, options.page_size, longest)
@@ -106,8 +107,7 @@ def calibrate(options: Options, progress: Path) -> Recipe:
         options.sink_tokens,
         options.local_window,
     )
-    parts = (model_name(options.model), digest_of(model), sizes)
-    kept = Progress.resume(progress, *parts, documents=documents)
+    kept = Progress.resume(progress, *identity, sizes, documents=documents)
     if kept.num_done:
         print(f"going on from {progress}: {kept.num_done} of {len(documents)} documents done")
     statistics = collect(
@@ -153,16 +153,14 @@ def text_of(options: Options) -> tuple[str, str]:
     return read_text(options.text)
 
 
-def own_documents(options: Options, model: Any, tokenizer: Any, kept: Path) -> list[Tensor]:
+def own_documents(
+    options: Options, model: Any, tokenizer: Any, identity: tuple[str, str], kept: Path
+) -> list[Tensor]:
     """Text that the model writes, or what it wrote before an interruption into `kept`."""
     longest = min(own_text.OWN_DOCUMENT_TOKENS, max_tokens(model))
     sizes = (options.tokens, options.page_size, longest)
     return own_text.write_once(
-        kept,
-        model_name(options.model),
-        digest_of(model),
-        sizes,
-        write=lambda: own_text.write(model, tokenizer, *sizes),
+        kept, *identity, sizes, write=lambda: own_text.write(model, tokenizer, *sizes)
     )
 
 

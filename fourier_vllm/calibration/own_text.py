@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fourier_vllm._text import show
-from fourier_vllm.calibration.text import MIN_PAGES
+from fourier_vllm.calibration.arrays import save_arrays
+from fourier_vllm.calibration.text import check_length
 
 TEMPERATURE = 0.6  # least KL on tuning text, of 0.4 to 1.0
 OWN_DOCUMENT_TOKENS = 2048
@@ -59,13 +58,8 @@ def write(
     ValueError
         `tokens` or the model's context are too short.
     """
-    least = MIN_PAGES * page_size
+    check_length(tokens, longest, page_size)
     longest = min(longest, tokens)
-    if longest < least:
-        raise ValueError(
-            f"--tokens and the model's context must be at least {least} tokens for pages of"
-            f" {page_size}, found {longest}: choose more, or a smaller --page-size."
-        )
     start = tokenizer.bos_token_id
     if start is None:
         start = tokenizer.eos_token_id or 0
@@ -99,16 +93,5 @@ def write_once(path: Path, *parts: object, write: Callable[[], list[Tensor]]) ->
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not there, or damaged: write anew
     documents = write()
-    part = path.with_name(path.name + ".part")
-    arrays = {"key": np.array(key), "ids": torch.stack(documents).numpy()}
-    try:
-        with part.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, **arrays)
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise ValueError(
-            f"text {show(path, 120)} cannot be written ({error.strerror or type(error).__name__}):"
-            " make room, or give another --output."
-        ) from None
+    save_arrays(path, "text", {"key": np.array(key), "ids": torch.stack(documents).numpy()})
     return documents

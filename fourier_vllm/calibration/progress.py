@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fourier_vllm._text import show
+from fourier_vllm.calibration.arrays import save_arrays
 
 
 @dataclass
@@ -73,21 +73,5 @@ class Progress:
     def save(self, num_done: int, sums: Sequence[dict[str, Tensor]]) -> None:
         """Write the file atomically; raises ValueError where it cannot be written."""
         arrays = {f"{i}/{name}": x.numpy() for i, of in enumerate(sums) for name, x in of.items()}
-        part = self.path.with_name(self.path.name + ".part")
-        try:
-            with part.open("wb") as stream:
-                np.savez(
-                    stream,
-                    allow_pickle=False,
-                    key=np.array(self.key),
-                    num_done=np.array(num_done),
-                    num_layers=np.array(len(sums)),
-                    **arrays,
-                )
-            os.replace(part, self.path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise ValueError(
-                f"progress {show(self.path, 120)} cannot be written"
-                f" ({error.strerror or type(error).__name__}): make room, or give another --output."
-            ) from None
+        head = {"key": self.key, "num_done": num_done, "num_layers": len(sums)}
+        save_arrays(self.path, "progress", arrays | {k: np.array(x) for k, x in head.items()})

@@ -77,13 +77,7 @@ def cut(
     ValueError
         Text, `tokens` or the model's context are too short.
     """
-    least = MIN_PAGES * page_size
-    if min(tokens, longest) < least:
-        name = "--tokens" if tokens < longest else "the model's context"
-        raise ValueError(
-            f"{name} must be at least {least} tokens for pages of {page_size}, found"
-            f" {min(tokens, longest)}: choose more, or a smaller --page-size."
-        )
+    least = check_length(tokens, longest, page_size)
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if len(ids) < least:
         raise ValueError(
@@ -96,3 +90,15 @@ def cut(
     size = total // count - len(start)
     stride = len(ids) // count
     return [torch.tensor(start + ids[i * stride : i * stride + size]) for i in range(count)]
+
+
+def check_length(tokens: int, longest: int, page_size: int) -> int:
+    """The least tokens of a document; raises ValueError where `tokens` or `longest` are fewer."""
+    least = MIN_PAGES * page_size
+    if min(tokens, longest) < least:
+        name = "--tokens" if tokens < longest else "the model's context"
+        raise ValueError(
+            f"{name} must be at least {least} tokens for pages of {page_size}, found"
+            f" {min(tokens, longest)}: choose more, or a smaller --page-size."
+        )
+    return least
