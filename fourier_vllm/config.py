@@ -126,6 +126,12 @@ class FourierConfig:
         _check_page(self, page or max(PAGE_SIZES))
 
     @classmethod
+    def from_engine(cls, vllm_config: Any) -> FourierConfig:
+        """The options of an engine's config; raises as `from_dict` does."""
+        additional = vllm_config.additional_config
+        return cls.from_dict(additional.get("fourier") if isinstance(additional, Mapping) else None)
+
+    @classmethod
     def from_dict(cls, options: Mapping[str, Any] | None) -> FourierConfig:
         """Check the value of `fourier` in vLLM's additional config; None gives the defaults.
 

@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,7 @@ def settle(vllm_config: Any) -> None:
     ValueError
         This engine's model cannot be calibrated, in one sentence.
     """
-    additional = vllm_config.additional_config
-    given = additional.get("fourier") if isinstance(additional, Mapping) else None
-    options = FourierConfig.from_dict(given)
+    options = FourierConfig.from_engine(vllm_config)
     if options.recipe != OWN_TEXT:
         return
     if vllm_config.load_config.load_format == "dummy":
@@ -48,9 +45,10 @@ def settle(vllm_config: Any) -> None:
     path = cache_dir() / "recipes" / _file_name(model, options.target, arguments)
     if not path.exists():
         _make(path, model.model, arguments)
+    additional = vllm_config.additional_config
     vllm_config.additional_config = {
         **additional,
-        "fourier": {**(given or {}), "recipe": str(path)},
+        "fourier": {**additional["fourier"], "recipe": str(path)},
     }
 
 

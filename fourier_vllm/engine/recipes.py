@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -122,10 +121,7 @@ def engine_recipe(vllm_config: Any) -> EngineRecipe:
     ValueError
         Options or recipe cannot work, in one sentence.
     """
-    additional = vllm_config.additional_config
-    options = FourierConfig.from_dict(
-        additional.get("fourier") if isinstance(additional, Mapping) else None
-    )
+    options = FourierConfig.from_engine(vllm_config)
     fingerprint = fingerprint_of(vllm_config.model_config)
     recipe, source = None, "derived from the weights"
     embedded = getattr(vllm_config.model_config.hf_config, "fourier_attention", None)
