@@ -37,6 +37,7 @@ Worked example: one head of size 8, W = 32, m = 1 coefficient of 8 bits, V at 2 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -50,6 +51,11 @@ Bits = Sequence[Sequence[int]]
 def align(n: int, to: int) -> int:
     """Round `n` up to a multiple of `to`."""
     return -(-n // to) * to
+
+
+def head_starts(dims: Sequence[int], head_size: int, num_heads: int) -> list[int]:
+    """Where each head begins among `dims` (head * D + dim) sorted by head, and the end: H + 1 places."""
+    return [bisect_left(dims, head * head_size) for head in range(num_heads + 1)]
 
 
 @dataclass(frozen=True)

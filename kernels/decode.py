@@ -1,7 +1,7 @@
 """Split-KV attention over sealed pages: partial outputs and log-sum-exps for `reduce`.
 
 A program takes one request, KV head, tile of query rows and share of the pages. Lengths are read on the
-device, so one grid fits every step of a shape. M rows are the G query heads of each query token.
+device, so one grid fits every step of a shape. Rows are the G query heads of each query token, BM a tile.
 """
 
 from __future__ import annotations
@@ -36,6 +36,15 @@ def first_raw(b_n, num_pages, gap_pages, L, W: tl.constexpr):
 
 
 @triton.jit
+def query_rows(p_query_start, i_b, i_h, i_m, G: tl.constexpr, BM: tl.constexpr):
+    """First token and number of tokens of a request; token, head and validity of a tile's rows `[BM]`."""
+    start = tl.load(p_query_start + i_b)
+    num_queries = tl.load(p_query_start + i_b + 1) - start
+    o_m = i_m * BM + tl.arange(0, BM)
+    return start, num_queries, o_m // G, i_h * G + o_m % G, o_m < num_queries * G
+
+
+@triton.jit
 def pages_kernel(
     p_q, p_pages, p_page_table, p_num_pages, p_gap_pages, p_seq_lens, p_query_start, p_acc, p_lse,
     p_basis,
@@ -53,13 +62,9 @@ def pages_kernel(
     QW: tl.constexpr = W // 4
     i_h, i_b = tl.program_id(1), tl.program_id(2)
     i_m, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
-    start = tl.load(p_query_start + i_b)
-    num_queries = tl.load(p_query_start + i_b + 1) - start
+    start, num_queries, o_t, o_g, m_row = query_rows(p_query_start, i_b, i_h, i_m, G, BM)
     if i_m * BM >= num_queries * G:
         return
-    o_m = i_m * BM + tl.arange(0, BM)
-    m_row = o_m < num_queries * G
-    o_t, o_g = o_m // G, i_h * G + o_m % G
     o_row = (start + o_t).to(tl.int64) * stride_q + o_g * D
     o_d = tl.arange(0, BD)
     m_q = (o_d < D)[:, None] & m_row[None, :]
@@ -194,12 +199,6 @@ def attend_pages(
     rows = max_query_len * G
     BM = min(64, next_power_of_2(rows, MIN_ROWS))
     k, v = tables.k, tables.v
-    high = tables.v_offsets[1]
-    if tables.v_bits:
-        codes, _, scale, zero = tables.v_offsets
-        v_planes = (0, 0, 0, codes, scale, zero)
-    else:
-        v_planes = v.offsets
     is_small = BM <= 16 and W * D <= 128 * 128
     fits_a_warp = is_small and 0 < tables.v_bits < 16 and not k.has_raw and len(tables.basis) <= 16
     grid = (triton.cdiv(rows, BM) * splits, H, B)
@@ -208,7 +207,7 @@ def attend_pages(
         num_pages if gap_pages is None else gap_pages,
         num_pages if seq_lens is None else seq_lens,
         query_start_loc, acc, lse, tables.basis,
-        *k.tensors(), *v.tensors(), *k.offsets, *v_planes, high,
+        *k.tensors(), *v.tensors(), *k.offsets, *tables.v_offsets,
         q.stride(0), pages.stride(0), page_table.stride(0), sm_scale * LOG2_E, sink_tokens,
         local_window, m, acc.shape[2],
         H=H, G=G, D=D, BD=next_power_of_2(D), W=W, MC=len(tables.basis) if m else 0, BM=BM, BN=64,

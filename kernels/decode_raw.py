@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourier_vllm.kernels.decode import LOG2_E, TL_DTYPES, first_raw
+from fourier_vllm.kernels.decode import LOG2_E, TL_DTYPES, first_raw, query_rows
 from fourier_vllm.kernels.tables import next_power_of_2
 
 
@@ -20,13 +20,9 @@ def raw_kernel(
 ):  # fmt: skip
     i_h, i_b = tl.program_id(1), tl.program_id(2)
     i_m, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
-    start = tl.load(p_query_start + i_b)
-    num_queries = tl.load(p_query_start + i_b + 1) - start
+    start, num_queries, o_t, o_g, m_row = query_rows(p_query_start, i_b, i_h, i_m, G, BM)
     if i_m * BM >= num_queries * G:
         return
-    o_m = i_m * BM + tl.arange(0, BM)
-    m_row = o_m < num_queries * G
-    o_t, o_g = o_m // G, i_h * G + o_m % G
     o_d = tl.arange(0, BD)
     m_d = (o_d < D)[None, :]
     o_row = (start + o_t).to(tl.int64) * stride_q + o_g * D

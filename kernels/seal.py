@@ -68,6 +68,20 @@ def mean_of_others(b_x, num_pinned, W: tl.constexpr):
 
 
 @triton.jit
+def load_page(
+    i_p, num_pinned, p_new, p_local, p_table, i_h, is_v, start, context, stride_new, stride_block,
+    stride_head, stride_token, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A page without its pinned tokens, `[W, BD]` float32."""
+    o_w = tl.arange(0, W)
+    b_x = load_tokens(i_p * W + o_w, tl.arange(0, BD), p_new, p_local, p_table, i_h, is_v, start,
+                      context, stride_new, stride_block, stride_head, stride_token, D,
+                      BLOCK)  # fmt: skip
+    return without_pinned(b_x, o_w, num_pinned, mean_of_others(b_x, num_pinned, W))
+
+
+@triton.jit
 def packed(b_codes, BITS: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
     """Codes `[ROWS, BD]` of 1 or 2 bits to bytes `[ROWS * BITS / 8, BD]`, runs of rows side by side."""
     N: tl.constexpr = 8 // BITS
@@ -186,16 +200,14 @@ def seal_kernel(
     o_w, o_d = tl.arange(0, W), tl.arange(0, BD)
     num_pinned = tl.minimum(tl.maximum(S - i_p * W, 0), W)
     if is_v == 0:
-        b_x = load_tokens(i_p * W + o_w, o_d, p_k, p_local, p_table, i_h, 0, start, context,
-                          stride_k, stride_block, stride_head, stride_token, D, BLOCK)  # fmt: skip
-        b_x = without_pinned(b_x, o_w, num_pinned, mean_of_others(b_x, num_pinned, W))
+        b_x = load_page(i_p, num_pinned, p_k, p_local, p_table, i_h, 0, start, context, stride_k,
+                        stride_block, stride_head, stride_token, D, BD, W, BLOCK)  # fmt: skip
         seal_channel(b_x, p_page, i_h, p_basis, p_k_dims, ok_coef, ok_coef_scale, ok_raw,
                      ok_codes, ok_scale, ok_zero, M, H, D, BD, W, K_SMALL, K_CODES, K_RAW,
                      DTYPE)  # fmt: skip
     elif V_BITS == 0:
-        b_x = load_tokens(i_p * W + o_w, o_d, p_v, p_local, p_table, i_h, 1, start, context,
-                          stride_v, stride_block, stride_head, stride_token, D, BLOCK)  # fmt: skip
-        b_x = without_pinned(b_x, o_w, num_pinned, mean_of_others(b_x, num_pinned, W))
+        b_x = load_page(i_p, num_pinned, p_v, p_local, p_table, i_h, 1, start, context, stride_v,
+                        stride_block, stride_head, stride_token, D, BD, W, BLOCK)  # fmt: skip
         seal_channel(b_x, p_page, i_h, p_basis, p_v_dims, ov_coef, ov_coef_scale, ov_raw,
                      ov_codes, ov_scale, ov_zero, M, H, D, BD, W, V_SMALL, V_CODES, V_RAW,
                      DTYPE)  # fmt: skip
@@ -257,14 +269,10 @@ def seal(
     """
     layout, kt, vt = tables.layout, tables.k, tables.v
     H, W, D, m = layout.num_kv_heads, layout.page_size, layout.head_size, layout.coefficients
-    planes, high = vt.offsets, tables.v_offsets[1]
-    if tables.v_bits:
-        codes, _, scale, zero = tables.v_offsets
-        planes = (0, 0, 0, codes, scale, zero)
     grid = (2 * H, triton.cdiv(max_query_len, W), len(seq_lens))
     seal_kernel[grid](
         k, v, local, local_table, pages, page_table, seq_lens, query_start_loc,
-        tables.basis, tables.signs, kt.dims, vt.dims, *kt.offsets, *planes, high,
+        tables.basis, tables.signs, kt.dims, vt.dims, *kt.offsets, *tables.v_offsets,
         k.stride(0), v.stride(0), *local.stride()[:3], local_table.stride(0),
         pages.stride(0), page_table.stride(0), tables.signs_scale, sink_tokens, m,
         H=H, D=D, BD=next_power_of_2(D), W=W, ET=8,

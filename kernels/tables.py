@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from fourier_vllm.kernels.basis import dct_basis, rotation
-from fourier_vllm.page import CODE_BITS, ChannelPlanes, PageLayout, Plane, TokenPlanes
+from fourier_vllm.page import CODE_BITS, ChannelPlanes, PageLayout, TokenPlanes, head_starts
 
 MIN_PAGE_SIZE = 64  # a quarter of a page is a side of a matrix product
 MIN_DOT = 16
@@ -18,14 +17,6 @@ MIN_DOT = 16
 def next_power_of_2(n: int, least: int = MIN_DOT) -> int:
     """Smallest power of two that is at least `n` and `least`, the side of a matrix product."""
     return max(least, 1 << (n - 1).bit_length())
-
-
-def _starts(dims: tuple[int, ...], head_size: int, num_heads: int) -> list[int]:
-    """Where each head's dims begin in a list that is sorted by head, `[H + 1]`."""
-    counts = [0] * num_heads
-    for dim in dims:
-        counts[dim // head_size] += 1
-    return [0, *accumulate(counts)]
 
 
 @dataclass(frozen=True)
@@ -71,20 +62,22 @@ class ChannelTables:
         def table(values: list[int]) -> Tensor:
             return torch.tensor(values or [0], dtype=torch.int32, device=device)
 
-        dims = tuple(planes.coded_dims[i] for i, _ in columns)
+        dims = [planes.coded_dims[i] for i, _ in columns]
+        coded, raw = list(planes.coded_dims), list(planes.raw_dims)
+        bits = torch.tensor(planes.coded_bits, dtype=torch.int32)
         by_dim = torch.full((4, H * D), -1, dtype=torch.int32)
         by_dim[0] = 0
-        for i, (dim, bits) in enumerate(zip(planes.coded_dims, planes.coded_bits, strict=True)):
-            by_dim[:3, dim] = torch.tensor([bits, i, sum(planes.coded_bits[:i]) // CODE_BITS])
-        for i, dim in enumerate(planes.raw_dims):
-            by_dim[0, dim], by_dim[3, dim] = 16, i
+        by_dim[0, coded], by_dim[0, raw] = bits, 16
+        by_dim[1, coded] = torch.arange(len(coded), dtype=torch.int32)
+        by_dim[2, coded] = ((bits.cumsum(0) - bits) // CODE_BITS).int()
+        by_dim[3, raw] = torch.arange(len(raw), dtype=torch.int32)
         scale = planes.coef_scale
         return cls(
-            column_start=table(_starts(dims, D, H)),
+            column_start=table(head_starts(dims, D, H)),
             column_dim=table([dim % D for dim in dims]),
             column_coded=table([i for i, _ in columns]),
             column_level=table([level for _, level in columns]),
-            raw_start=table(_starts(planes.raw_dims, D, H)),
+            raw_start=table(head_starts(planes.raw_dims, D, H)),
             raw_dim=table([dim % D for dim in planes.raw_dims]),
             dims=by_dim.view(4, H, D).to(device),
             offsets=(
@@ -118,11 +111,12 @@ class Tables:
     Attributes
     ----------
     k, v : ChannelTables
-        Of V's token codec an empty one.
+        With V's token codec `v` is a stand-in.
     v_bits : int
         2, 3, 4, 8 or 16 of the token codec, 0 for the channel codec.
     v_offsets : tuple of int
-        Of the token codec: codes, high, scale, zero.
+        Bytes from the page's start to V's coef, coef_scale, raw, codes, scale, zero and high; 0 for
+        those that its codec does not have.
     basis : Tensor [MC, W], float32
         DCT-II rows, zero beyond the m coefficients.
     rotation : Tensor [BD, BD], float32
@@ -135,7 +129,7 @@ class Tables:
     k: ChannelTables
     v: ChannelTables
     v_bits: int
-    v_offsets: tuple[int, int, int, int]
+    v_offsets: tuple[int, ...]
     basis: Tensor
     rotation: Tensor
     signs: Tensor
@@ -160,15 +154,13 @@ class Tables:
         basis = torch.zeros(next_power_of_2(m), W)
         basis[:m] = dct_basis(W, m)
         turn = torch.zeros(next_power_of_2(D), next_power_of_2(D))
-        bits, offsets, v = 0, (0, 0, 0, 0), k
         if isinstance(layout.v, TokenPlanes):
-            bits = layout.v.bits
-            offsets = tuple(  # type: ignore[assignment]
-                plane.offset if isinstance(plane, Plane) else 0
-                for plane in (layout.v.codes, layout.v.high, layout.v.scale, layout.v.zero)
-            )
+            bits, v = layout.v.bits, k
+            planes = (layout.v.codes, layout.v.scale, layout.v.zero, layout.v.high)
+            offsets = (0, 0, 0, *(plane.offset if plane else 0 for plane in planes))
         else:
-            v = ChannelTables.build(layout.v, layout, device)
+            bits, v = 0, ChannelTables.build(layout.v, layout, device)
+            offsets = (*v.offsets, 0)
         turn[:D, :D] = rotation(D) if 0 < bits < 16 else torch.eye(D)
         signs_scale = (D & -D) ** -0.5
         return cls(

@@ -10,7 +10,7 @@ import torch
 
 from fourier_vllm.kernels.basis import dct_basis
 from fourier_vllm.kernels.reference import PageCodec
-from fourier_vllm.page import ChannelPlanes, PageLayout, TokenPlanes
+from fourier_vllm.page import ChannelPlanes, PageLayout, TokenPlanes, head_starts
 
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
 KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
@@ -79,7 +79,7 @@ def _channel(planes: ChannelPlanes, layout: PageLayout) -> Channel:
     column_coded = np.array([i for i, _ in columns], np.int64)
 
     def starts(dims: np.ndarray) -> np.ndarray:
-        return np.searchsorted(dims // D, np.arange(H + 1))
+        return np.array(head_starts(dims.tolist(), D, H), np.int64)
 
     return Channel(
         coef=planes.coef.offset,
