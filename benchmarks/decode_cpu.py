@@ -41,31 +41,30 @@ def machine() -> dict[str, Any]:
 
 def step_times(model: str, backend: str | None, context: int, tokens: int) -> list[float]:
     """Seconds of each decode step of one request."""
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm import SamplingParams
+
+    from fourier_vllm.evaluation.engine_session import running
 
     options: dict[str, Any] = {"attention_backend": backend} if backend else {}
-    llm = LLM(
-        model,
-        dtype="bfloat16",
-        enforce_eager=True,
-        max_model_len=8192,
-        kv_cache_memory_bytes=1 << 30,
-        skip_tokenizer_init=True,
+    settings: dict[str, Any] = {
+        "model": model,
+        "dtype": "bfloat16",
+        "enforce_eager": True,
+        "max_model_len": 8192,
+        "kv_cache_memory_bytes": 1 << 30,
+        "skip_tokenizer_init": True,
         **options,
-    )
-    engine = llm.llm_engine
+    }
     ids = [random.Random(i).randrange(100, 40000) for i in range(context)]
     params = SamplingParams(temperature=0, max_tokens=tokens, detokenize=False, ignore_eos=True)
-    engine.add_request("0", {"prompt_token_ids": ids}, params)
     times = []
-    while engine.has_unfinished_requests():
-        start = time.perf_counter()
-        engine.step()
-        times.append(time.perf_counter() - start)
-    engine.engine_core.shutdown()
-    del llm, engine
-    cleanup_dist_env_and_memory()
+    with running(settings) as llm:
+        engine = llm.llm_engine
+        engine.add_request("0", {"prompt_token_ids": ids}, params)
+        while engine.has_unfinished_requests():
+            start = time.perf_counter()
+            engine.step()
+            times.append(time.perf_counter() - start)
     return times[2:]
 
 

@@ -24,9 +24,9 @@ os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
 def score(model: str, fourier: dict[str, Any] | None, args: argparse.Namespace) -> dict[str, Any]:
     """Count right answers with one backend."""
     from transformers import AutoTokenizer
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm import SamplingParams
 
+    from fourier_vllm.evaluation.engine_session import running
     from fourier_vllm.evaluation.needles import is_correct, needle_questions
     from fourier_vllm.evaluation.text import documents
 
@@ -35,36 +35,33 @@ def score(model: str, fourier: dict[str, Any] | None, args: argparse.Namespace) 
     contexts = needle_questions(
         texts, lambda s: tokenizer(s, add_special_tokens=False).input_ids, args.tokens
     )
-    options: dict[str, Any] = {}
+    settings: dict[str, Any] = {
+        "model": model,
+        "dtype": "bfloat16",
+        "enforce_eager": True,
+        "max_model_len": 8192,
+        "max_num_batched_tokens": args.chunk,
+        "kv_cache_memory_bytes": 1 << 30,
+    }
     if fourier is not None:
-        options = {"attention_backend": "fourier", "additional_config": {"fourier": fourier}}
-    llm = LLM(
-        model,
-        dtype="bfloat16",
-        enforce_eager=True,
-        max_model_len=8192,
-        max_num_batched_tokens=args.chunk,
-        kv_cache_memory_bytes=1 << 30,
-        **options,
-    )
+        settings |= {"attention_backend": "fourier", "additional_config": {"fourier": fourier}}
     params = SamplingParams(temperature=0, max_tokens=8)
-    start, right, total = time.perf_counter(), 0, 0
-    for questions in contexts:
-        llm.generate(
-            [{"prompt_token_ids": questions[0].ids}], SamplingParams(max_tokens=1), use_tqdm=False
-        )
-        outputs = llm.generate(
-            [{"prompt_token_ids": q.ids} for q in questions], params, use_tqdm=False
-        )
-        right += sum(
-            is_correct(o.outputs[0].text, q.answer) for o, q in zip(outputs, questions, strict=True)
-        )
-        total += len(questions)
-        print(f"  {right}/{total}", flush=True)
-    capacity = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    cleanup_dist_env_and_memory()
+    right, total = 0, 0
+    with running(settings) as llm:
+        start = time.perf_counter()
+        for questions in contexts:
+            first = SamplingParams(max_tokens=1)
+            llm.generate([{"prompt_token_ids": questions[0].ids}], first, use_tqdm=False)
+            outputs = llm.generate(
+                [{"prompt_token_ids": q.ids} for q in questions], params, use_tqdm=False
+            )
+            right += sum(
+                is_correct(o.outputs[0].text, q.answer)
+                for o, q in zip(outputs, questions, strict=True)
+            )
+            total += len(questions)
+            print(f"  {right}/{total}", flush=True)
+        capacity = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
     return {
         "right": right,
         "questions": total,
