@@ -20,6 +20,7 @@ from torch import Tensor
 from fourier_vllm.calibration.allocate import allocate_bits, page_budget
 from fourier_vllm.evaluation.machine import commit, machine, versions
 from fourier_vllm.kernels import decode, decode_raw, reduce, seal
+from fourier_vllm.kernels.split import num_splits
 from fourier_vllm.kernels.tables import Tables
 from fourier_vllm.page import PageLayout
 
@@ -63,14 +64,15 @@ def copy_bandwidth(timer: Timer) -> float:
     return 2 * source.numel() / timer(lambda: target.copy_(source))[0]
 
 
-def balanced_layout(H: int, D: int) -> PageLayout:
+def balanced_layout(H: int, D: int, v_bits: int = 2) -> PageLayout:
     """Pages 6.3 times smaller, with bits as uneven as calibration makes them."""
     damage = torch.empty(H, D).log_normal_(0, 2, generator=torch.Generator().manual_seed(0))
     budget = page_budget(6.3, W, H, D, 2, 4, 8)
     bits = [row for head in damage.chunk(H) for row in allocate_bits(head, budget // H, W).tolist()]
     return PageLayout.build(
-        bits, 2, head_size=D, page_size=W, coefficients=4, coefficient_bits=8, itemsize=2
-    )
+        bits, v_bits, head_size=D, page_size=W, coefficients=4, coefficient_bits=8, itemsize=2,
+        fragments=True,
+    )  # fmt: skip
 
 
 class Decode:
@@ -117,17 +119,20 @@ class Decode:
         self.starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
         rows = batch * H
         sms = torch.cuda.get_device_properties(0).multi_processor_count
-        self.splits = decode.num_splits(batch, H, per, sms)
+        self.splits = num_splits(batch, H, per, sms)
         self.raw_splits = 2 if rows < 132 else 1
         parts = self.splits + self.raw_splits
         self.acc = torch.empty(batch, Hq, parts, D, device="cuda")
         self.lse = torch.empty(batch, Hq, parts, device="cuda")
+        columns = (batch, Hq, self.tables.num_columns)
+        self.columns = torch.empty(columns, dtype=torch.float16, device="cuda")
         self.out = torch.empty_like(self.q)
 
     def pages_only(self) -> None:
         decode.attend_pages(
             self.tables, self.q, self.pages, self.page_table, self.num_pages, self.starts, 1,
-            self.scale, SINKS, self.acc, self.lse, self.splits, self.seq_lens, self.gaps, WINDOW,
+            self.scale, SINKS, self.acc, self.lse, self.splits, self.columns, self.seq_lens,
+            self.gaps, WINDOW,
         )  # fmt: skip
 
     def step(self) -> None:

@@ -31,7 +31,7 @@ from fourier_vllm.evaluation import loop
 from fourier_vllm.evaluation.machine import commit, machine, versions
 from fourier_vllm.evaluation.text import MODULES, manual
 from fourier_vllm.inspection import ratio_of
-from fourier_vllm.kernels import reference
+from fourier_vllm.kernels import codecs
 from fourier_vllm.recipe import TARGETS, Provenance, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,7 +151,7 @@ def as_chosen(choice: Choice, rope: Rope) -> Iterator[None]:
     """The package with the parts of a choice that are no options of it."""
     with ExitStack() as stack:
         if choice.basis == "fourier":
-            for module in (reference, statistics):
+            for module in (codecs, statistics):
                 stack.enter_context(patch.object(module, "dct_basis", fourier_basis))
         stack.enter_context(patch.object(spending, "VALUE_BITS", choice.v_bits))
         if choice.rope == "before":

@@ -23,6 +23,24 @@ head, then bits (most first), then dim. Codes are packed along the tokens: of s 
 `high`), byte j holds the codes of tokens j, j + s, j + 2s, ..., lowest bits first, so that one shift of
 a run of bytes gives the codes of s consecutive tokens.
 
+**Fragment order**, on GPUs: the same numbers where a lane of the tensor cores' `mma.m16n8k16` wants
+them, so that masks alone turn a word of codes into operands (docs/page-format.md). For layers without raw
+dims, with V's token codec below 16 bits and at most 8 coefficients of 8 bits. A head's columns are padded
+to a multiple of 4. With s = W/4, codes byte j as above:
+
+```
+    coef        [H, m-1, D/4, 4]       uint8   128 + coefficient, dims 4i + (0, 2, 1, 3); the first is in `zero`
+    coef_scale  [H, m-1]               fp16
+    codes       [N/4, 8, W/32, 4]      uint8   [i, g, r]: columns 4i + (0, 2, 1, 3), byte j = 8r + g
+    scale       [N]                    fp16    per column, 4^level included; 0 in padding
+    zero        [H, D]                 fp16    of a dim without residual: its mean over the page
+    v.codes     [b/2, H, W/64, D/8E, 4, 8, E, 4]  uint8  [.., k, i, t, g, r]: dim 8(E i + r) + g,
+                                               bytes j = 16k + 4t + (0, 2, 1, 3); E = 4, or 2 if 32 divides not D
+    v.high      [H, W/64, D/16E, 4, 8, E, 4]  uint8  as codes, of dim 16(E i + r) + g: bit 2n for the
+                                               token that bits 2n, 2n + 1 of codes have; bit 2n + 1 for dim + 8
+    v.scale, v.zero  [H, 8, 4, W/32]   fp16    [.., g, n, r]: token n s + 8r + g
+```
+
 Worked example: one head of size 8, W = 32, m = 1 coefficient of 8 bits, V at 2 bits. The dims have
 8, 4, 2, 2 and no bits: 4 + 2 + 1 + 1 = 8 columns of 8 bytes.
 
@@ -42,6 +60,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 PLANE_ALIGNMENT = 16
+COLUMN_GROUP = 4  # columns of codes that share words in fragment order
+MAX_FRAGMENT_COEFFICIENTS = 8
 PAGE_ALIGNMENT = 256
 CODE_BITS = 2  # of one code in a row
 
@@ -97,11 +117,14 @@ class ChannelPlanes:
         `head * D + dim` of the dims kept raw, `[R]`.
     coded_dims, coded_bits : tuple of int
         `head * D + dim` and bits (2, 4, 8) of the coded dims, `[C]`.
+    column_starts : tuple of int
+        Where each head's columns begin in `codes`, and the end, `[H + 1]`.
     """
 
     raw_dims: tuple[int, ...]
     coded_dims: tuple[int, ...]
     coded_bits: tuple[int, ...]
+    column_starts: tuple[int, ...]
     coef: Plane
     coef_scale: Plane | None
     raw: Plane
@@ -111,32 +134,49 @@ class ChannelPlanes:
 
     @classmethod
     def pack(
-        cls, packer: _Packer, name: str, bits: Bits, W: int, m: int, coef_bits: int, itemsize: int
+        cls,
+        packer: _Packer,
+        name: str,
+        bits: Bits,
+        W: int,
+        m: int,
+        coef_bits: int,
+        itemsize: int,
+        fragments: bool,
     ) -> ChannelPlanes:
         H, D = len(bits), len(bits[0])
-        raw, coded = [], []
+        raw, coded, starts = [], [], [0]
         for head, row in enumerate(bits):
             raw += [head * D + dim for dim, b in enumerate(row) if b == 16]
             some = [(head * D + dim, b) for dim, b in enumerate(row) if 0 < b < 16]
             coded += sorted(some, key=lambda x: (-x[1], x[0]))
-        num_columns = sum(b for _, b in coded) // CODE_BITS
+            num_columns = sum(b for _, b in some) // CODE_BITS
+            starts.append(starts[-1] + align(num_columns, COLUMN_GROUP if fragments else 1))
+        rows = max(m - 1, 0) if fragments else m
         return cls(
             raw_dims=tuple(raw),
             coded_dims=tuple(dim for dim, _ in coded),
             coded_bits=tuple(b for _, b in coded),
-            coef=packer.take(f"{name}.coef", (H, m, D), 1 if coef_bits == 8 else itemsize),
-            coef_scale=packer.take(f"{name}.coef_scale", (H, m), 2) if coef_bits == 8 else None,
+            column_starts=tuple(starts),
+            coef=packer.take(f"{name}.coef", (H, rows, D), 1 if coef_bits == 8 else itemsize),
+            coef_scale=packer.take(f"{name}.coef_scale", (H, rows), 2) if coef_bits == 8 else None,
             raw=packer.take(f"{name}.raw", (len(raw), W), itemsize),
-            codes=packer.take(f"{name}.codes", (num_columns, W * CODE_BITS // 8), 1),
-            scale=packer.take(f"{name}.scale", (len(coded),), 2),
-            zero=packer.take(f"{name}.zero", (len(coded),), 2),
+            codes=packer.take(f"{name}.codes", (starts[-1], W * CODE_BITS // 8), 1),
+            scale=packer.take(f"{name}.scale", (starts[-1] if fragments else len(coded),), 2),
+            zero=packer.take(f"{name}.zero", (H, D) if fragments else (len(coded),), 2),
         )
 
     def columns(self) -> list[tuple[int, int]]:
-        """Coded dim (an index into `coded_dims`) and level of every column of `codes`."""
+        """Coded dim (an index into `coded_dims`) and level of every column of `codes`, without padding."""
         return [
             (i, level) for i, b in enumerate(self.coded_bits) for level in range(b // CODE_BITS)
         ]
+
+    def places(self, head_size: int) -> list[int]:
+        """Where in `codes` those columns are."""
+        heads = [self.coded_dims[i] // head_size for i, _ in self.columns()]
+        first = [heads.index(head) if head in heads else 0 for head in range(len(self.column_starts))]
+        return [self.column_starts[head] + n - first[head] for n, head in enumerate(heads)]
 
     def planes(self) -> Iterator[Plane]:
         yield self.coef
@@ -192,6 +232,8 @@ class PageLayout:
     v : ChannelPlanes | TokenPlanes
     page_bytes : int
         Size of a page, a multiple of 256.
+    fragments : bool
+        In fragment order.
     """
 
     num_kv_heads: int
@@ -202,6 +244,7 @@ class PageLayout:
     k: ChannelPlanes
     v: ChannelPlanes | TokenPlanes
     page_bytes: int = field(default=0)
+    fragments: bool = False
 
     @classmethod
     def build(
@@ -214,6 +257,7 @@ class PageLayout:
         coefficients: int,
         coefficient_bits: int,
         itemsize: int,
+        fragments: bool = False,
     ) -> PageLayout:
         """Lay out one layer.
 
@@ -227,18 +271,30 @@ class PageLayout:
             8 (one fp16 scale a coefficient row) or 16 (model dtype).
         itemsize : int
             Bytes of the model dtype.
+        fragments : bool
+            Use fragment order if the layer can have it.
         """
         packer = _Packer()
         H = len(k_bits)
+        fragments = (
+            fragments
+            and isinstance(v_bits, int)
+            and v_bits < 16
+            and not any(16 in row for row in k_bits)
+            and coefficient_bits == 8
+            and coefficients <= MAX_FRAGMENT_COEFFICIENTS
+            and page_size % 64 == 0
+            and head_size % 16 == 0
+        )
         k = ChannelPlanes.pack(
-            packer, "k", k_bits, page_size, coefficients, coefficient_bits, itemsize
+            packer, "k", k_bits, page_size, coefficients, coefficient_bits, itemsize, fragments
         )
         v: ChannelPlanes | TokenPlanes
         if isinstance(v_bits, int):
             v = TokenPlanes.pack(packer, "v", v_bits, H, page_size, head_size, itemsize)
         else:
             v = ChannelPlanes.pack(
-                packer, "v", v_bits, page_size, coefficients, coefficient_bits, itemsize
+                packer, "v", v_bits, page_size, coefficients, coefficient_bits, itemsize, False
             )
         return cls(
             num_kv_heads=H,
@@ -249,6 +305,7 @@ class PageLayout:
             k=k,
             v=v,
             page_bytes=align(packer.end, PAGE_ALIGNMENT),
+            fragments=fragments,
         )
 
     @property

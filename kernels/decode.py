@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fourier_vllm.kernels.decode_fragments import attend_fragment_pages
 from fourier_vllm.kernels.page_attention import (
     channel_values,
     column_scores,
@@ -18,31 +19,8 @@ from fourier_vllm.kernels.page_attention import (
     spectral_scores,
     token_values,
 )
-from fourier_vllm.kernels.tables import Tables, next_power_of_2
-
-MIN_ROWS = 8  # columns of the smallest matrix instruction
-LOG2_E = 1.4426950408889634
-TL_DTYPES = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
-
-
-@triton.jit
-def first_raw(b_n, num_pages, gap_pages, L, W: tl.constexpr):
-    """Pages that query tokens which see `b_n` tokens read; everything behind them is read raw."""
-    return tl.minimum(num_pages, tl.maximum(gap_pages, tl.maximum(b_n - L, 0) // W))
-
-
-@triton.jit
-def query_rows(p_query_start, i_b, i_h, i_m, G: tl.constexpr, BM: tl.constexpr):
-    """First token and number of tokens of a request; token, head and validity of a tile's rows `[BM]`."""
-    start = tl.load(p_query_start + i_b)
-    num_queries = tl.load(p_query_start + i_b + 1) - start
-    o_m = i_m * BM + tl.arange(0, BM)
-    return start, num_queries, o_m // G, i_h * G + o_m % G, o_m < num_queries * G
-
+from fourier_vllm.kernels.split import LOG2_E, TL_DTYPES, first_raw, query_rows
+from fourier_vllm.kernels.tables import MIN_ROWS, Tables, next_power_of_2
 
 @triton.jit
 def pages_kernel(
@@ -144,12 +122,6 @@ def pages_kernel(
     tl.store(p_lse + o_o, b_lse, mask=m_row)
 
 
-def num_splits(batch: int, num_kv_heads: int, max_pages: int, num_sms: int) -> int:
-    """Shares of the pages that fill the GPU: a program is one warp, and registers hold 8 of them a SM."""
-    programs = 2 * 8 * num_sms
-    return max(1, min(max_pages, -(-programs // (batch * num_kv_heads))))
-
-
 def attend_pages(
     tables: Tables,
     q: Tensor,
@@ -163,6 +135,7 @@ def attend_pages(
     acc: Tensor,
     lse: Tensor,
     splits: int,
+    columns: Tensor,
     seq_lens: Tensor | None = None,
     gap_pages: Tensor | None = None,
     local_window: int = 0,
@@ -186,12 +159,20 @@ def attend_pages(
     acc, lse : Tensor [T, Hq, n, D], [T, Hq, n], float32
         The first `splits` of n parts are written: normalised outputs (in V's rotated basis) and base-2
         log-sum-exps, -inf where there is nothing.
+    columns : Tensor [T, Hq, tables.num_columns], float16
+        Scratch.
     seq_lens, gap_pages : Tensor [B], int32, optional
         Tokens of each request, its queries included: query tokens read pages as their own lengths say,
         and at least `gap_pages`. Without them all read `num_pages`.
     local_window : int
         L, with `seq_lens`.
     """
+    if tables.layout.fragments:
+        attend_fragment_pages(
+            tables, q, pages, page_table, num_pages, query_start_loc, max_query_len, sm_scale,
+            sink_tokens, acc, lse, splits, columns, seq_lens, gap_pages, local_window,
+        )  # fmt: skip
+        return
     _, Hq, D = q.shape
     layout = tables.layout
     H, W, m = layout.num_kv_heads, layout.page_size, layout.coefficients

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourier_vllm.kernels.decode import LOG2_E, TL_DTYPES, first_raw, query_rows
+from fourier_vllm.kernels.split import LOG2_E, TL_DTYPES, first_raw, query_rows
 from fourier_vllm.kernels.tables import next_power_of_2
 
 

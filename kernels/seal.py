@@ -11,31 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourier_vllm.kernels.decode import TL_DTYPES
+from fourier_vllm.kernels.codecs import range_share
+from fourier_vllm.kernels.codecs_fragments import run_of
 from fourier_vllm.kernels.page_attention import FP16_MAX
-from fourier_vllm.kernels.reference import range_share
+from fourier_vllm.kernels.rounding import round_half_up, step_of, store_fp16, to_fp16
+from fourier_vllm.kernels.seal_fragments import seal_columns, seal_rotated
+from fourier_vllm.kernels.split import TL_DTYPES
 from fourier_vllm.kernels.tables import Tables, next_power_of_2
-
-
-@triton.jit
-def round_half_up(b_x):
-    return tl.floor(b_x + 0.5)
-
-
-@triton.jit
-def to_fp16(b_x):
-    return tl.minimum(tl.maximum(b_x, -FP16_MAX), FP16_MAX).to(tl.float16)
-
-
-@triton.jit
-def step_of(b_scale):
-    b_scale = b_scale.to(tl.float32)
-    return tl.where(b_scale > 0, b_scale, 1.0)
-
-
-@triton.jit
-def store_fp16(p_page, o, b_x, m):
-    tl.store((p_page + 2 * o).to(tl.pointer_type(tl.float16)), b_x, mask=m)
 
 
 @triton.jit
@@ -178,7 +160,7 @@ def seal_tokens(
 @triton.jit
 def seal_kernel(
     p_k, p_v, p_local, p_local_table, p_pages, p_page_table, p_seq_lens, p_query_start,
-    p_basis, p_signs, p_k_dims, p_v_dims,
+    p_basis, p_signs, p_k_dims, p_v_dims, p_column_start, p_column_dim,
     ok_coef, ok_coef_scale, ok_raw, ok_codes, ok_scale, ok_zero,
     ov_coef, ov_coef_scale, ov_raw, ov_codes, ov_scale, ov_zero, ov_high,
     stride_k, stride_v, stride_block, stride_head, stride_token, stride_local_table,
@@ -187,6 +169,7 @@ def seal_kernel(
     BK: tl.constexpr, BLOCK: tl.constexpr, V_BITS: tl.constexpr, SHARE: tl.constexpr, DTYPE: tl.constexpr,
     K_SMALL: tl.constexpr, K_CODES: tl.constexpr, K_RAW: tl.constexpr,
     V_SMALL: tl.constexpr, V_CODES: tl.constexpr, V_RAW: tl.constexpr,
+    FRAGMENTS: tl.constexpr, MEANS: tl.constexpr, EV: tl.constexpr, EH: tl.constexpr,
 ):  # fmt: skip
     i_h, is_v, i_b = tl.program_id(0) // 2, tl.program_id(0) % 2, tl.program_id(2)
     start, seq_len = tl.load(p_query_start + i_b), tl.load(p_seq_lens + i_b)
@@ -202,9 +185,14 @@ def seal_kernel(
     if is_v == 0:
         b_x = load_page(i_p, num_pinned, p_k, p_local, p_table, i_h, 0, start, context, stride_k,
                         stride_block, stride_head, stride_token, D, BD, W, BLOCK)  # fmt: skip
-        seal_channel(b_x, p_page, i_h, p_basis, p_k_dims, ok_coef, ok_coef_scale, ok_raw,
-                     ok_codes, ok_scale, ok_zero, M, H, D, BD, W, K_SMALL, K_CODES, K_RAW,
-                     DTYPE)  # fmt: skip
+        if FRAGMENTS:
+            seal_columns(b_x, p_page, i_h, p_basis, p_k_dims, p_column_start, p_column_dim,
+                         ok_coef, ok_coef_scale, ok_codes, ok_scale, ok_zero, M, H, D, BD, W,
+                         MEANS)  # fmt: skip
+        else:
+            seal_channel(b_x, p_page, i_h, p_basis, p_k_dims, ok_coef, ok_coef_scale, ok_raw,
+                         ok_codes, ok_scale, ok_zero, M, H, D, BD, W, K_SMALL, K_CODES, K_RAW,
+                         DTYPE)  # fmt: skip
     elif V_BITS == 0:
         b_x = load_page(i_p, num_pinned, p_v, p_local, p_table, i_h, 1, start, context, stride_v,
                         stride_block, stride_head, stride_token, D, BD, W, BLOCK)  # fmt: skip
@@ -215,6 +203,8 @@ def seal_kernel(
         o_r = tl.arange(0, 8 * ET)
         for i_e in range(0, W // 8, ET):
             o_t = (o_r // ET) * (W // 8) + i_e + o_r % ET
+            if FRAGMENTS:
+                o_t = (o_r // (2 * ET)) * (W // 4) + 2 * i_e + o_r % (2 * ET)
             b_turned = tl.zeros([8 * ET, BD], tl.float32)
             for i_k in range(0, BD, BK):
                 o_k = i_k + tl.arange(0, BK)
@@ -234,7 +224,10 @@ def seal_kernel(
                 else:
                     b_r = tl.load(p_signs + o_k[:, None] * BD + o_d[None, :])
                     b_turned = tl.dot(b_x, b_r, b_turned, input_precision="tf32")
-            if V_BITS < 16:
+            if FRAGMENTS:
+                seal_rotated(b_turned * signs_scale, i_e // ET, p_page, i_h, ov_codes, ov_high,
+                             ov_scale, ov_zero, H, D, BD, W, V_BITS, SHARE, EV, EH)  # fmt: skip
+            elif V_BITS < 16:
                 seal_tokens(b_turned * signs_scale, o_t, i_e, p_page, i_h, ov_codes, ov_high,
                             ov_scale, ov_zero, H, D, BD, W, ET, V_BITS, SHARE)  # fmt: skip
 
@@ -272,14 +265,15 @@ def seal(
     grid = (2 * H, triton.cdiv(max_query_len, W), len(seq_lens))
     seal_kernel[grid](
         k, v, local, local_table, pages, page_table, seq_lens, query_start_loc,
-        tables.basis, tables.signs, kt.dims, vt.dims, *kt.offsets, *tables.v_offsets,
+        tables.basis, tables.signs, kt.dims, vt.dims, kt.column_start, kt.column_dim, *kt.offsets, *tables.v_offsets,
         k.stride(0), v.stride(0), *local.stride()[:3], local_table.stride(0),
-        pages.stride(0), page_table.stride(0), tables.signs_scale, sink_tokens, m,
+        pages.stride(0), page_table.stride(0), tables.signs_scale, sink_tokens, max(m - 1, 0) if layout.fragments else m,
         H=H, D=D, BD=next_power_of_2(D), W=W, ET=8,
         BK=min(64, next_power_of_2(D)),
         BLOCK=local.shape[2], V_BITS=tables.v_bits, SHARE=range_share(tables.v_bits),
         DTYPE=TL_DTYPES[k.dtype],
         K_SMALL=kt.small_coefficients, K_CODES=kt.has_codes, K_RAW=kt.has_raw,
         V_SMALL=vt.small_coefficients, V_CODES=vt.has_codes, V_RAW=vt.has_raw,
+        FRAGMENTS=layout.fragments, MEANS=m > 0, EV=run_of(D // 8), EH=run_of(max(D // 16, 1)),
         num_warps=8, num_stages=1,
     )  # fmt: skip

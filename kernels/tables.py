@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import sub
 
 import torch
 from torch import Tensor
 
 from fourier_vllm.kernels.basis import dct_basis, rotation
-from fourier_vllm.page import CODE_BITS, ChannelPlanes, PageLayout, TokenPlanes, head_starts
+from fourier_vllm.page import (
+    COLUMN_GROUP,
+    ChannelPlanes,
+    PageLayout,
+    TokenPlanes,
+    head_starts,
+)
 
 MIN_PAGE_SIZE = 64  # a quarter of a page is a side of a matrix product
 MIN_DOT = 16
+MIN_ROWS = 8  # columns of the smallest matrix instruction
 
 
 def next_power_of_2(n: int, least: int = MIN_DOT) -> int:
     """Smallest power of two that is at least `n` and `least`, the side of a matrix product."""
     return max(least, 1 << (n - 1).bit_length())
+
+
+def basis_fragments(W: int, m: int) -> Tensor:
+    """Rows of the DCT from the second on, zeros, and ones in the eighth, as pairs of fp16.
+
+    Word `[n, g, t, r]` holds rows 2t and 2t + 1 of token n W/4 + 8r + g.
+    """
+    rows = torch.zeros(8, W)
+    rows[: max(m - 1, 0)], rows[7] = dct_basis(W, m)[1:], 1.0
+    words = rows.half().view(4, 2, 4, W // 32, 8).permute(2, 4, 0, 3, 1)  # n g t r pair
+    return words.contiguous().view(torch.int32).flatten()
 
 
 @dataclass(frozen=True)
@@ -26,9 +45,9 @@ class ChannelTables:
     Attributes
     ----------
     column_start, raw_start : Tensor [H + 1], int32
-        Each head's columns of codes and raw dims.
+        Each head's columns of codes (in fragment order: groups of 4) and raw dims.
     column_dim, raw_dim : Tensor [N], [R], int32
-        Dim within its head.
+        Dim within its head, -1 in padding.
     column_coded : Tensor [N], int32
         Index of a column's dim among the coded dims, for its scale and zero.
     column_level : Tensor [N], int32
@@ -57,24 +76,27 @@ class ChannelTables:
         cls, planes: ChannelPlanes, layout: PageLayout, device: torch.device
     ) -> ChannelTables:
         D, H = layout.head_size, layout.num_kv_heads
-        columns = planes.columns()
+        columns, places, starts = planes.columns(), planes.places(D), planes.column_starts
 
         def table(values: list[int]) -> Tensor:
             return torch.tensor(values or [0], dtype=torch.int32, device=device)
 
-        dims = [planes.coded_dims[i] for i, _ in columns]
+        column_dim = [-1] * starts[-1]
+        for place, (i, _) in zip(places, columns, strict=True):
+            column_dim[place] = planes.coded_dims[i] % D
+        first = [place for place, (_, level) in zip(places, columns, strict=True) if level == 0]
         coded, raw = list(planes.coded_dims), list(planes.raw_dims)
         bits = torch.tensor(planes.coded_bits, dtype=torch.int32)
         by_dim = torch.full((4, H * D), -1, dtype=torch.int32)
         by_dim[0] = 0
         by_dim[0, coded], by_dim[0, raw] = bits, 16
         by_dim[1, coded] = torch.arange(len(coded), dtype=torch.int32)
-        by_dim[2, coded] = ((bits.cumsum(0) - bits) // CODE_BITS).int()
+        by_dim[2, coded] = torch.tensor(first, dtype=torch.int32)
         by_dim[3, raw] = torch.arange(len(raw), dtype=torch.int32)
         scale = planes.coef_scale
         return cls(
-            column_start=table(head_starts(dims, D, H)),
-            column_dim=table([dim % D for dim in dims]),
+            column_start=table([n // COLUMN_GROUP if layout.fragments else n for n in starts]),
+            column_dim=table(column_dim),
             column_coded=table([i for i, _ in columns]),
             column_level=table([level for _, level in columns]),
             raw_start=table(head_starts(planes.raw_dims, D, H)),
@@ -118,7 +140,11 @@ class Tables:
         Bytes from the page's start to V's coef, coef_scale, raw, codes, scale, zero and high; 0 for
         those that its codec does not have.
     basis : Tensor [MC, W], float32
-        DCT-II rows, zero beyond the m coefficients.
+        DCT-II rows, zero beyond the m coefficients; in fragment order those from the second on, rounded.
+    fragment_basis : Tensor [W * 4], int32
+        For fragment order, see `basis_fragments`.
+    num_columns : int
+        Columns of the head with the most, in fragment order.
     rotation : Tensor [BD, BD], float32
         Of V's token codec, zero beyond the D dims; the identity where nothing is rotated.
     signs, signs_scale : Tensor [BD, BD], float
@@ -131,6 +157,8 @@ class Tables:
     v_bits: int
     v_offsets: tuple[int, ...]
     basis: Tensor
+    fragment_basis: Tensor
+    num_columns: int
     rotation: Tensor
     signs: Tensor
     signs_scale: float
@@ -150,9 +178,12 @@ class Tables:
                 f"page_size must be at least {MIN_PAGE_SIZE} on a GPU, found {W}: use a recipe with"
                 " larger pages."
             )
-        k = ChannelTables.build(layout.k, layout, device)
+        k, starts = ChannelTables.build(layout.k, layout, device), layout.k.column_starts
         basis = torch.zeros(next_power_of_2(m), W)
-        basis[:m] = dct_basis(W, m)
+        if layout.fragments:
+            basis[: max(m - 1, 0)] = dct_basis(W, m)[1:].half()
+        else:
+            basis[:m] = dct_basis(W, m)
         turn = torch.zeros(next_power_of_2(D), next_power_of_2(D))
         if isinstance(layout.v, TokenPlanes):
             bits, v = layout.v.bits, k
@@ -170,6 +201,8 @@ class Tables:
             v_bits=bits,
             v_offsets=offsets,
             basis=basis.to(device),
+            fragment_basis=basis_fragments(W, m if layout.fragments else 1).to(device),
+            num_columns=max(COLUMN_GROUP, *map(sub, starts[1:], starts)) if layout.fragments else 0,
             rotation=turn.to(device),
             signs=(turn / signs_scale).to(device),
             signs_scale=signs_scale,

@@ -21,7 +21,7 @@ from fourier_vllm.calibration.text import cut, read_text
 from fourier_vllm.evaluation.loop import score, through_pages
 from fourier_vllm.inspection import layouts, ratio_of
 from fourier_vllm.kernels.basis import rotation
-from fourier_vllm.kernels.reference import dequantize, quantize, range_share
+from fourier_vllm.kernels.codecs import dequantize, quantize, range_share
 from fourier_vllm.recipe import TARGETS, Provenance, Recipe, RecipeError, target_recipe
 
 W, M, S, L = 32, 1, 5, 40  # tokens a page, coefficients, sinks, local window

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fourier_vllm.kernels import reference_attention
 from fourier_vllm.kernels.basis import dct_basis, rotation
-from fourier_vllm.kernels.reference import PageCodec, pack, quantize, unpack
+from fourier_vllm.kernels.codecs import pack, quantize, unpack
+from fourier_vllm.kernels.reference import PageCodec
 from fourier_vllm.kernels.reference_attention import decode_attention, prefill_attention
 from fourier_vllm.page import PageLayout
 from tests import numerics
@@ -37,6 +38,8 @@ def bits_of(D: int, H: int, pattern: str) -> list[list[int]]:
         return [[int(pattern)] * D] * H
     if pattern == "paper":
         return [[16] * (D // 4) + [0] * (D - D // 4)] * H
+    if pattern == "coded":
+        return [[(0, 2, 4, 8, 2, 2, 0)[(h * h + d + d // 5) % 7] for d in range(D)] for h in range(H)]
     return [[(0, 2, 4, 8, 16, 2, 0)[(3 * h + d + d // 5) % 7] for d in range(D)] for h in range(H)]
 
 
@@ -52,12 +55,25 @@ RECIPES: dict[str, Any] = {
     "low-pass": ("0", 16, 1 / 4, 8),
     "all-coefficients": ("0", "0", 1, 16),
 }
+# Those that pages in fragment order can hold.
+FRAGMENT_RECIPES: dict[str, Any] = {
+    "coded-2": ("coded", 2, 1 / 32, 8),
+    "coded-3": ("coded", 3, 1 / 32, 8),
+    "coded-4": ("coded", 4, 1 / 16, 8),
+    "coded-8": ("coded", 8, 0, 8),
+    "uncoded": ("0", 2, 1 / 64, 8),
+}
 
 
 def codec_of(
-    recipe: str = "mixed", H: int = 2, D: int = 32, W: int = 32, dtype: str = "float32"
+    recipe: str = "mixed",
+    H: int = 2,
+    D: int = 32,
+    W: int = 32,
+    dtype: str = "float32",
+    fragments: bool = False,
 ) -> PageCodec:
-    k, v, share, coefficient_bits = RECIPES[recipe]
+    k, v, share, coefficient_bits = (RECIPES | FRAGMENT_RECIPES)[recipe]
     layout = PageLayout.build(
         bits_of(D, H, k),
         v if isinstance(v, int) else bits_of(D, H, v),
@@ -66,6 +82,7 @@ def codec_of(
         coefficients=round(W * share),
         coefficient_bits=coefficient_bits,
         itemsize=DTYPES[dtype].itemsize,
+        fragments=fragments,
     )
     return PageCodec(layout, DTYPES[dtype])
 

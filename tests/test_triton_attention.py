@@ -7,7 +7,7 @@ import torch
 
 from fourier_vllm.kernels import decode, decode_raw, prefill, reduce, tables
 from tests.numerics import DTYPES, assert_close
-from tests.test_reference import RECIPES, codec_of, tokens
+from tests.test_reference import FRAGMENT_RECIPES, RECIPES, codec_of, tokens
 from tests.triton_kernels import DEVICE, needs_triton
 
 pytestmark = needs_triton
@@ -32,8 +32,9 @@ class Case:
         W: int = 64,
         dtype: str = "float16",
         seed: int = 0,
+        fragments: bool = False,
     ):
-        self.codec = codec_of(recipe, H, D, W, dtype)
+        self.codec = codec_of(recipe, H, D, W, dtype, fragments)
         self.dtype, self.sinks, self.window = DTYPES[dtype], sinks, window
         self.seq_lens, self.query_lens = seq_lens, query_lens
         self.gaps = gaps or (0,) * len(seq_lens)
@@ -117,9 +118,10 @@ class Case:
         acc = torch.full((T, Hq, splits + raw_splits, D), torch.nan, device=DEVICE)
         lse = torch.full((T, Hq, splits + raw_splits), torch.nan, device=DEVICE)
         longest, scale = max(self.query_lens), D**-0.5
+        columns = torch.empty(T, Hq, at.num_columns, dtype=torch.float16, device=DEVICE)
         decode.attend_pages(
             at, q, cache, page_table, num_pages, starts, longest, scale, self.sinks, acc, lse,
-            splits, seq_lens, gaps, self.window,
+            splits, columns, seq_lens, gaps, self.window,
         )  # fmt: skip
         decode_raw.attend_raw(
             q, local, table, num_pages, gaps, seq_lens, starts, longest, scale, self.sinks,
@@ -192,6 +194,31 @@ def test_a_chunk_over_the_pages_before_it() -> None:
     assert torch.equal(
         lse.isinf()[:, 0].cpu(), torch.tensor([False] * 40 + [True] * 3 + [False] * 7)
     )
+
+
+@pytest.mark.parametrize("recipe", FRAGMENT_RECIPES)
+def test_every_recipe_in_fragment_order(recipe: str) -> None:
+    check(recipe, seq_lens=(230,), dtype="bfloat16", fragments=True)
+
+
+@pytest.mark.parametrize(("D", "W"), [(16, 64), (64, 128), (80, 64), (96, 128), (192, 64), (256, 64)])
+def test_sizes_in_fragment_order(D: int, W: int) -> None:
+    check("coded-3", seq_lens=(2 * W + 50,), D=D, W=W, group=1, fragments=True)
+
+
+@pytest.mark.parametrize("group", [1, 8, 17])
+def test_groups_in_fragment_order(group: int) -> None:
+    check("coded-2", seq_lens=(180,), group=group, fragments=True)
+
+
+def test_edges_gaps_and_pinned_tokens_in_fragment_order() -> None:
+    lens = (1, 31, 95, 96, 97, 159, 160, 161)
+    check("coded-2", seq_lens=lens, query_lens=(1,) * len(lens), fragments=True)
+    check("coded-4", seq_lens=(200, 150), query_lens=(1, 2), gaps=(3, 2), sinks=17, fragments=True)
+
+
+def test_several_query_tokens_in_fragment_order() -> None:
+    check("coded-3", seq_lens=(98, 40, 163), query_lens=(5, 0, 8), group=2, fragments=True)
 
 
 def test_small_pages_are_refused() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from fourier_vllm.kernels import seal, tables
 from tests.numerics import DTYPES, assert_close
-from tests.test_reference import RECIPES, codec_of, tokens
+from tests.test_reference import FRAGMENT_RECIPES, RECIPES, codec_of, tokens
 from tests.triton_kernels import DEVICE, needs_triton
 
 pytestmark = needs_triton
@@ -23,9 +23,10 @@ def check(
     D: int = 32,
     W: int = 64,
     dtype: str = "float16",
+    fragments: bool = False,
 ) -> None:
     """Requests with tokens in the local cache and in flight; what is not sealed stays as it was."""
-    codec = codec_of(recipe, H, D, W, dtype)
+    codec = codec_of(recipe, H, D, W, dtype, fragments)
     rng = torch.Generator().manual_seed(1)
     B, size = len(contexts), codec.layout.page_bytes
     lens = [c + n for c, n in zip(contexts, query_lens, strict=True)]
@@ -100,3 +101,17 @@ def test_nothing_to_seal() -> None:
 
 def test_pinned_tokens_cost_no_precision() -> None:
     check("quality", sinks=17)
+
+
+@pytest.mark.parametrize("recipe", FRAGMENT_RECIPES)
+def test_every_recipe_in_fragment_order(recipe: str) -> None:
+    check(recipe, fragments=True)
+
+
+@pytest.mark.parametrize(("D", "W"), [(16, 64), (64, 128), (80, 64), (96, 128), (192, 64), (256, 64)])
+def test_sizes_in_fragment_order(D: int, W: int) -> None:
+    check("coded-3", D=D, W=W, query_lens=(W,), dtype="bfloat16", fragments=True)
+
+
+def test_a_ragged_batch_in_fragment_order() -> None:
+    check("coded-2", contexts=(0, 63, 127, 5), query_lens=(63, 1, 1, 200), sinks=17, fragments=True)

@@ -1,0 +1,117 @@
+"""Writes pages in fragment order (`page.py`) for `seal.py`. Shapes as there."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fourier_vllm.kernels.page_attention import FP16_MAX
+from fourier_vllm.kernels.rounding import round_half_up, step_of, store_fp16, to_fp16
+
+
+@triton.jit
+def swapped(o_x):
+    """Where numbers 0, 1, 2, 3 of every four lie."""
+    return o_x // 4 * 4 + o_x % 2 * 2 + o_x % 4 // 2
+
+
+@triton.jit
+def sum_of_shifted(b_x, N: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
+    """Runs of rows of `[ROWS, BD]` on top of each other, `BITS` apart, `[ROWS / N, BD]`."""
+    b_runs = tl.reshape(b_x, (N, ROWS // N, BD))
+    return tl.sum(b_runs << (tl.arange(0, N) * BITS)[:, None, None], 0)
+
+
+@triton.jit
+def seal_columns(
+    b_x, p_page, i_h, p_basis, p_dims, p_column_start, p_column_dim,
+    o_coef, o_coef_scale, o_codes, o_scale, o_zero, M,
+    H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, MEANS: tl.constexpr,
+):  # fmt: skip
+    """Write a page's `b_x [W, BD]` float32 as coefficients, zeros or means, and codes."""
+    o_w, o_d = tl.arange(0, W), tl.arange(0, BD)
+    m_d = o_d < D
+    for i_j in range(M):
+        b_e = tl.load(p_basis + i_j * W + o_w)
+        # Of what the terms before have left: they are orthogonal, but for their rounding.
+        b_c = tl.sum(b_e[:, None] * b_x, 0)
+        scale = tl.minimum(tl.max(tl.abs(b_c), 0) / 127, FP16_MAX).to(tl.float16)
+        b_c = tl.minimum(tl.maximum(round_half_up(b_c / step_of(scale)), -127.0), 127.0)
+        o_c = (i_h * M + i_j) * D + swapped(o_d)
+        tl.store(p_page + o_coef + o_c, (b_c + 128).to(tl.uint8), mask=m_d)
+        p_scale = (p_page + o_coef_scale).to(tl.pointer_type(tl.float16))
+        tl.store(p_scale + i_h * M + i_j, scale)
+        b_x -= b_e[:, None] * (b_c * scale.to(tl.float32))[None, :]
+    p_dim = p_dims + i_h * D + o_d
+    b_bits = tl.load(p_dim, mask=m_d, other=0)
+    b_column = tl.load(p_dim + 2 * H * D, mask=m_d, other=-1)
+    b_levels = ((1 << b_bits) - 1).to(tl.float32)
+    b_low = to_fp16(tl.min(b_x, 0))
+    b_rest = to_fp16(tl.sum(b_x, 0) / W) if MEANS else tl.zeros([BD], tl.float16)
+    b_zero = tl.where(b_bits > 0, b_low, b_rest)
+    store_fp16(p_page + o_zero, i_h * D + o_d, b_zero, m_d)
+    # The last column's scale, 4^level larger, must be finite too.
+    b_limit = FP16_MAX / (1 << tl.maximum(b_bits - 2, 0)).to(tl.float32)
+    b_scale = (tl.max(b_x, 0) - b_zero.to(tl.float32)) / tl.maximum(b_levels, 1.0)
+    b_scale = tl.minimum(tl.maximum(b_scale, 0.0), b_limit).to(tl.float16)
+    b_codes = round_half_up((b_x - b_zero.to(tl.float32)[None, :]) / step_of(b_scale)[None, :])
+    b_codes = tl.minimum(tl.maximum(b_codes, 0.0), b_levels[None, :]).to(tl.int32)
+    o_j = tl.arange(0, W // 4)
+    for i_level in tl.static_range(4):
+        m_n = (b_column >= 0) & (b_bits > 2 * i_level)
+        o_n = b_column + i_level
+        store_fp16(p_page + o_scale, o_n, (b_scale.to(tl.float32) * 4**i_level).to(tl.float16), m_n)
+        b_bytes = sum_of_shifted((b_codes >> (2 * i_level)) & 3, 4, 2, W, BD)
+        o_b = (o_n // 4 * W + swapped(o_n) % 4)[None, :] + (o_j % 8 * (W // 8) + o_j // 8 * 4)[:, None]
+        tl.store(p_page + o_codes + o_b, b_bytes.to(tl.uint8), mask=m_n[None, :])
+    start, stop = tl.load(p_column_start + i_h) * 4, tl.load(p_column_start + i_h + 1) * 4
+    o_n = stop - 4 + tl.arange(0, 4)
+    b_dim = tl.load(p_column_dim + o_n, mask=o_n >= start, other=0)
+    store_fp16(p_page + o_scale, o_n, tl.zeros([4], tl.float16), b_dim < 0)
+
+
+@triton.jit
+def store_rows(
+    p_page, o_x, b_bytes, i_k,
+    D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """Write bytes `[16, BD]` of a run of 16 as words of four, E of a lane together."""
+    b_four = tl.permute(tl.reshape(b_bytes, (4, 4, BD)), (1, 0, 2))
+    b_shift = swapped(tl.arange(0, 4)) * 8
+    b_words = tl.sum(b_four << b_shift[:, None, None], 0)  # [4, BD]
+    o_d, i_t = tl.arange(0, BD)[None, :], tl.arange(0, 4)[:, None]
+    o_w = ((i_k * (D // (8 * E)) + o_d // (8 * E)) * 32 + i_t * 8 + o_d % 8) * E + o_d // 8 % E
+    p_words = (p_page + o_x).to(tl.pointer_type(tl.int32))
+    tl.store(p_words + o_w, b_words, mask=o_d < D)
+
+
+@triton.jit
+def seal_rotated(
+    b_x, i_k, p_page, i_h, o_codes, o_high, o_scale, o_zero,
+    H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
+    SHARE: tl.constexpr, EV: tl.constexpr, EH: tl.constexpr,
+):  # fmt: skip
+    """Write rotated tokens `b_x [64, BD]`: run `i_k` of 16 of each slice."""
+    QW: tl.constexpr = W // 4
+    m_d = (tl.arange(0, BD) < D)[None, :]
+    b_low = tl.min(tl.where(m_d, b_x, float("inf")), 1)
+    b_high = tl.max(tl.where(m_d, b_x, -float("inf")), 1)
+    b_cut = (b_high - b_low) * ((1.0 - SHARE) / 2)
+    b_zero = to_fp16(b_low + b_cut)
+    b_scale = (b_high - b_cut - b_zero.to(tl.float32)) / ((1 << BITS) - 1)
+    b_scale = to_fp16(tl.maximum(b_scale, 0.0))
+    o_r = tl.arange(0, 64)
+    o_j = i_k * 16 + o_r % 16
+    o_w = i_h * W + o_j % 8 * (W // 8) + o_r // 16 * (W // 32) + o_j // 8
+    store_fp16(p_page + o_scale, o_w, b_scale, o_r < 64)
+    store_fp16(p_page + o_zero, o_w, b_zero, o_r < 64)
+    b_codes = round_half_up((b_x - b_zero.to(tl.float32)[:, None]) / step_of(b_scale)[:, None])
+    b_codes = tl.minimum(tl.maximum(b_codes, 0.0), (1 << BITS) - 1.0).to(tl.int32)
+    for i_level in tl.static_range(BITS // 2):
+        b_bytes = sum_of_shifted((b_codes >> (2 * i_level)) & 3, 4, 2, 64, BD)
+        store_rows(p_page, o_codes + (i_level * H + i_h) * QW * D, b_bytes, i_k, D, BD, EV)
+    if BITS == 3:
+        b_bits = tl.reshape(sum_of_shifted(b_codes >> 2, 4, 2, 64, BD), (16, BD // 16, 2, 8))
+        b_bits = tl.sum(b_bits << tl.arange(0, 2)[None, None, :, None], 2)
+        b_bits = tl.reshape(b_bits, (16, BD // 2))
+        store_rows(p_page, o_high + i_h * (QW * D // 2), b_bits, i_k, D // 2, BD // 2, EH)

@@ -1,0 +1,41 @@
+"""What the kernels of split-KV attention share: which tokens a query row reads, and how pages are split."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+PAGES_TO_START = 2  # what starting and ending a program costs, in pages
+LOG2_E = 1.4426950408889634
+TL_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+@triton.jit
+def first_raw(b_n, num_pages, gap_pages, L, W: tl.constexpr):
+    """Pages that query tokens which see `b_n` tokens read; everything behind them is read raw."""
+    return tl.minimum(num_pages, tl.maximum(gap_pages, tl.maximum(b_n - L, 0) // W))
+
+
+@triton.jit
+def query_rows(p_query_start, i_b, i_h, i_m, G: tl.constexpr, BM: tl.constexpr):
+    """First token and number of tokens of a request; token, head and validity of a tile's rows `[BM]`."""
+    start = tl.load(p_query_start + i_b)
+    num_queries = tl.load(p_query_start + i_b + 1) - start
+    o_m = i_m * BM + tl.arange(0, BM)
+    return start, num_queries, o_m // G, i_h * G + o_m % G, o_m < num_queries * G
+
+
+def num_splits(batch: int, num_kv_heads: int, max_pages: int, num_sms: int) -> int:
+    """Shares of the pages that keep the GPU busy: a program is one warp, and registers hold 8 of them a SM."""
+    slots, pairs = 8 * num_sms, batch * num_kv_heads
+
+    def pages_in_turn(splits: int) -> int:
+        rounds = -(-pairs * splits // slots)
+        return rounds * (-(-max_pages // splits) + PAGES_TO_START)
+
+    return min(range(1, max(max_pages, 1) + 1), key=pages_in_turn)
