@@ -1,6 +1,6 @@
 """Decode attention of one layer and sealing: ours, the floor, and FlashAttention 3 over raw paged KV.
 
-    python benchmarks/kernels.py [--quick] [--out benchmarks/results/decode.json]
+    python benchmarks/kernels.py [--quick] [--out benchmarks/results]
 
 Needs a GPU. Every time is the median of runs with a cold L2 cache, of a captured graph of all launches;
 the floor is the bytes that must be read over the copy bandwidth measured in the same process.
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from turboquant import turboquant
 
 from fourier_vllm.calibration.allocate import allocate_bits, page_budget
 from fourier_vllm.evaluation.machine import commit, machine, versions
@@ -26,7 +28,15 @@ from fourier_vllm.page import PageLayout
 
 ROOT = Path(__file__).resolve().parent.parent
 W, SINKS, WINDOW, BLOCK = 128, 16, 256, 16
-SHAPES = {"llama-3.1-8b": (32, 8, 128), "qwen3-like": (64, 8, 128), "smollm2-like": (9, 3, 64)}
+SHAPES = {
+    "llama-3.1-8b": (32, 8, 128),
+    "qwen3-like": (64, 8, 128),
+    "smollm2-like": (9, 3, 64),
+    "8 heads of 8": (8, 8, 128),
+}
+# Times smaller than raw, and bits of V.
+RECIPES = {"balanced": (6.3, 2), "balanced, V at 3 bits": (6.3, 3), "quality": (4.5, 4)}
+GOALS = {(8, 32768), (32, 32768), (1, 131072), (128, 4096)}
 BATCHES, CONTEXTS = (1, 8, 32, 128), (4096, 32768, 131072)
 MAX_BYTES = 40 << 30
 DISTINCT_PAGES = 64
@@ -64,10 +74,11 @@ def copy_bandwidth(timer: Timer) -> float:
     return 2 * source.numel() / timer(lambda: target.copy_(source))[0]
 
 
-def balanced_layout(H: int, D: int, v_bits: int = 2) -> PageLayout:
-    """Pages 6.3 times smaller, with bits as uneven as calibration makes them."""
+def layout_of(H: int, D: int, recipe: str) -> PageLayout:
+    """Pages of a recipe's size, with bits as uneven as calibration makes them."""
+    ratio, v_bits = RECIPES[recipe]
     damage = torch.empty(H, D).log_normal_(0, 2, generator=torch.Generator().manual_seed(0))
-    budget = page_budget(6.3, W, H, D, 2, 4, 8)
+    budget = page_budget(ratio, W, H, D, v_bits, 4, 8)
     bits = [row for head in damage.chunk(H) for row in allocate_bits(head, budget // H, W).tolist()]
     return PageLayout.build(
         bits, v_bits, head_size=D, page_size=W, coefficients=4, coefficient_bits=8, itemsize=2,
@@ -78,8 +89,8 @@ def balanced_layout(H: int, D: int, v_bits: int = 2) -> PageLayout:
 class Decode:
     """One decode step of one layer: every request has `context` tokens."""
 
-    def __init__(self, Hq: int, H: int, D: int, batch: int, context: int):
-        self.layout = balanced_layout(H, D)
+    def __init__(self, Hq: int, H: int, D: int, batch: int, context: int, recipe: str = "balanced"):
+        self.layout = layout_of(H, D, recipe)
         self.tables = Tables.build(self.layout, "cuda")
         self.scale, self.batch = D**-0.5, batch
         per = (context - WINDOW) // W
@@ -103,7 +114,7 @@ class Decode:
         live = SINKS // BLOCK + -(-(context - per * W) // BLOCK)
         self.local = random(batch * live + 1, H, BLOCK, 2 * D)
         seal.seal(self.tables, k, v, self.local, ids, sealed, ids, numbers(len(k)),
-                  numbers(0, len(k)), len(k), 0)  # fmt: skip
+                  numbers(0, len(k)), 0)  # fmt: skip
         order = torch.randint(0, DISTINCT_PAGES, (batch * per,), generator=generator, device="cuda")
         self.pages = sealed[order]
         shuffled = torch.randperm(batch * per, generator=generator, device="cuda")
@@ -116,11 +127,11 @@ class Decode:
         self.num_pages = numbers(*[per] * batch)
         self.gaps = numbers(*[0] * batch)
         self.seq_lens = numbers(*[context] * batch)
+        self.idle_lens = self.seq_lens + 1
         self.starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-        rows = batch * H
         sms = torch.cuda.get_device_properties(0).multi_processor_count
         self.splits = num_splits(batch, H, per, sms)
-        self.raw_splits = 2 if rows < 132 else 1
+        self.raw_splits = decode_raw.num_splits(batch, H, sms)
         parts = self.splits + self.raw_splits
         self.acc = torch.empty(batch, Hq, parts, D, device="cuda")
         self.lse = torch.empty(batch, Hq, parts, device="cuda")
@@ -148,7 +159,7 @@ class Decode:
         B = self.batch
         seal.seal(
             tables, k[:B], v[:B], self.local, self.table, self.pages, self.page_table,
-            self.seq_lens + 1, self.starts, 1, SINKS,
+            self.idle_lens, self.starts, SINKS,
         )  # fmt: skip
 
 
@@ -185,49 +196,99 @@ def flash_attention(timer: Timer, Hq: int, H: int, D: int, batch: int, context: 
         return None
 
 
+def per_launch(timer: Timer, step: Callable[[], Any], count: int = 20) -> float:
+    """Microseconds that one more launch in a graph costs."""
+    many = timer(lambda: [step() for _ in range(count)])[0]
+    return (many - timer(step)[0]) / (count - 1)
+
+
+def sealing(timer: Timer) -> dict[str, Any]:
+    """Sealing a prompt of 32,768 tokens, copying its keys and values, and steps that complete no page."""
+    case, tokens = Decode(*SHAPES["llama-3.1-8b"], 1, 4096), 32768
+    k, v = (torch.randn(tokens, 8, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    raw = torch.stack([k, v])
+    copy = torch.empty_like(raw)
+    n = tokens // W
+    pages = torch.empty(n, case.layout.page_bytes, dtype=torch.uint8, device="cuda")
+    ids = torch.arange(n, dtype=torch.int32, device="cuda")[None]
+    starts = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
+    args = (case.tables, k, v, case.local, ids, pages, ids, starts[1:], starts, SINKS)
+    idle = {
+        f"idle_us_batch_{batch}": per_launch(timer, Decode(32, 8, 128, batch, 4096).seal_nothing)
+        for batch in (1, 8, 32, 128)
+    }
+    return {
+        "seal_us": timer(lambda: seal.seal(*args))[0],
+        "copy_us": timer(lambda: copy.copy_(raw))[0],
+        **idle,
+    }
+
+
+def first_call() -> float:
+    """Seconds to compile and run every kernel of a decode step: nothing is cached if the cache is new."""
+    case = Decode(*SHAPES["llama-3.1-8b"], 2, 4096)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    case.step()
+    case.seal_nothing()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def measure(
+    timer: Timer, bandwidth: float, name: str, recipe: str, batch: int, context: int
+) -> dict:
+    shape = SHAPES[name]
+    case = Decode(*shape, batch, context, recipe)
+    ours, spread = timer(case.step)
+    pages = timer(case.pages_only)[0]
+    floor = case.num_bytes / bandwidth
+    row = {
+        "shape": name,
+        "batch": batch,
+        "context": context,
+        "recipe": recipe,
+        "ratio": case.layout.ratio,
+        "ours_us": ours,
+        "spread_us": spread,
+        "pages_us": pages,
+        "floor_us": floor,
+        "gb_per_s": case.num_bytes / pages / 1e3,
+        "share_of_bandwidth": floor / pages,
+    }
+    del case
+    others = recipe == "balanced"
+    row["fa3_bf16_us"] = flash_attention(timer, *shape, batch, context, False) if others else None
+    row["fa3_fp8_us"] = flash_attention(timer, *shape, batch, context, True) if others else None
+    row["turboquant_us"] = turboquant(timer, *shape, batch, context) if others else None
+    torch.cuda.empty_cache()
+    return row | {"gpu": torch.cuda.get_device_name(), "commit": commit()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the four cases of the goals")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/decode.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder")
     args = parser.parse_args()
+    compiled = first_call()
     timer = Timer()
     bandwidth = copy_bandwidth(timer)
     print(f"{torch.cuda.get_device_name()}: copies {bandwidth / 1e6:.2f} TB/s")
-    shapes = list(SHAPES.items())[: 1 if args.quick else None]
-    cases = [(n, s, b, c) for n, s in shapes for b in BATCHES for c in CONTEXTS]
-    if args.quick:
-        goals = {(8, 32768), (32, 32768), (1, 131072), (128, 4096)}
-        cases = [case for case in cases if case[2:] in goals]
+    sealed = sealing(timer) | {"first_call_s": compiled, "copy_tb_per_s": bandwidth / 1e6}
+    sealed |= {"gpu": torch.cuda.get_device_name(), "commit": commit(), **versions()}
+    print(sealed, flush=True)
+    (args.out / "seal.json").write_text(json.dumps(sealed, indent=1) + "\n")
+    goals = [("llama-3.1-8b", recipe, *case) for recipe in RECIPES for case in sorted(GOALS)]
+    cases = [(n, "balanced", b, c) for n in SHAPES for c in CONTEXTS for b in BATCHES]
     rows = []
-    for name, (Hq, H, D), batch, context in cases:
+    for name, recipe, batch, context in goals if args.quick else dict.fromkeys([*goals, *cases]):
+        _, H, D = SHAPES[name]
         if 4 * batch * context * H * D > MAX_BYTES:
             continue
-        case = Decode(Hq, H, D, batch, context)
-        ours, spread = timer(case.step)
-        pages = timer(case.pages_only)[0]
-        idle = timer(case.seal_nothing)[0]
-        floor = case.num_bytes / bandwidth
-        row = {
-            "shape": name,
-            "batch": batch,
-            "context": context,
-            "recipe": "balanced",
-            "ours_us": ours,
-            "spread_us": spread,
-            "pages_us": pages,
-            "seal_nothing_us": idle,
-            "floor_us": floor,
-            "share_of_bandwidth": floor / pages,
-        }
-        del case
-        row["fa3_bf16_us"] = flash_attention(timer, Hq, H, D, batch, context, fp8=False)
-        row["fa3_fp8_us"] = flash_attention(timer, Hq, H, D, batch, context, fp8=True)
-        row["turboquant_us"] = None
-        row |= {"gpu": torch.cuda.get_device_name(), "commit": commit()}
+        row = measure(timer, bandwidth, name, recipe, batch, context)
         rows.append(row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-        torch.cuda.empty_cache()
-    args.out.write_text(json.dumps(rows, indent=1) + "\n")
+        (args.out / "decode.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(machine("cuda"), versions())
 
 

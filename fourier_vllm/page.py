@@ -29,16 +29,16 @@ dims, with V's token codec below 16 bits and at most 8 coefficients of 8 bits. A
 to a multiple of 4. With s = W/4, codes byte j as above:
 
 ```
-    coef        [H, m-1, D/4, 4]       uint8   128 + coefficient, dims 4i + (0, 2, 1, 3); the first is in `zero`
-    coef_scale  [H, m-1]               fp16
-    codes       [N/4, 8, W/32, 4]      uint8   [i, g, r]: columns 4i + (0, 2, 1, 3), byte j = 8r + g
-    scale       [N]                    fp16    per column, 4^level included; 0 in padding
-    zero        [H, D]                 fp16    of a dim without residual: its mean over the page
+    coef        [H, m-1, D/4, 4]  uint8  128 + coefficient of dims 4i + (0, 2, 1, 3), the second row first
+    coef_scale  [H, m-1]          fp16
+    codes       [N/4, 8, W/32, 4] uint8  [i, g, r]: columns 4i + (0, 2, 1, 3), byte j = 8r + g
+    scale       [N]               fp16   per column, 4^level included; 0 in padding
+    zero        [H, D]            fp16   of a dim without residual: its mean over the page
     v.codes     [b/2, H, W/64, D/8E, 4, 8, E, 4]  uint8  [.., k, i, t, g, r]: dim 8(E i + r) + g,
-                                               bytes j = 16k + 4t + (0, 2, 1, 3); E = 4, or 2 if 32 divides not D
-    v.high      [H, W/64, D/16E, 4, 8, E, 4]  uint8  as codes, of dim 16(E i + r) + g: bit 2n for the
-                                               token that bits 2n, 2n + 1 of codes have; bit 2n + 1 for dim + 8
-    v.scale, v.zero  [H, 8, 4, W/32]   fp16    [.., g, n, r]: token n s + 8r + g
+                                  bytes j = 16k + 4t + (0, 2, 1, 3); E is 4, or 2 where 32 does not divide D
+    v.high      [H, W/64, D/16E, 4, 8, E, 4]  uint8  as codes, of dim 16(E i + r) + g: bit 2n for the token
+                                  that has bits 2n, 2n + 1 of codes, bit 2n + 1 for the same of dim + 8
+    v.scale, v.zero  [H, 8, 4, W/32]  fp16  [.., g, n, r]: token n s + 8r + g
 ```
 
 Worked example: one head of size 8, W = 32, m = 1 coefficient of 8 bits, V at 2 bits. The dims have
@@ -175,7 +175,9 @@ class ChannelPlanes:
     def places(self, head_size: int) -> list[int]:
         """Where in `codes` those columns are."""
         heads = [self.coded_dims[i] // head_size for i, _ in self.columns()]
-        first = [heads.index(head) if head in heads else 0 for head in range(len(self.column_starts))]
+        first = [
+            heads.index(head) if head in heads else 0 for head in range(len(self.column_starts))
+        ]
         return [self.column_starts[head] + n - first[head] for n, head in enumerate(heads)]
 
     def planes(self) -> Iterator[Plane]:

@@ -260,7 +260,8 @@ class TokenCodec:
     def _scale_and_zero(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero of every token, `[P, H, W]` each."""
         planes = self.planes
-        assert planes.scale is not None and planes.zero is not None
+        assert planes.scale is not None
+        assert planes.zero is not None
         scale = read_plane(pages, planes.scale, torch.float16).float()
         return scale, read_plane(pages, planes.zero, torch.float16).float()
 

@@ -75,7 +75,9 @@ class FragmentChannelCodec(ChannelCodec):
         self.places = torch.tensor(
             planes.places(layout.head_size), dtype=torch.long, device=device
         )  # [N]
-        self.max_scale = FP16_MAX / (4.0 ** (self.bits // 2 - 1))  # [C], its last column's is finite
+        self.max_scale = FP16_MAX / (
+            4.0 ** (self.bits // 2 - 1)
+        )  # [C], its last column's is finite
 
     def seal(self, x: torch.Tensor, pages: torch.Tensor) -> None:
         P, W, H, D = x.shape
@@ -90,7 +92,9 @@ class FragmentChannelCodec(ChannelCodec):
         low = (coef * scale.float()[..., None]).transpose(2, 3).reshape(P, H * D, -1)
         rest = y - low @ self.basis[1:]
         zero = rest.mean(-1) if self.layout.coefficients else torch.zeros_like(rest[..., 0])
-        codes, scale, zero[:, self.coded] = _quantize(rest[:, self.coded], self.bits, self.max_scale)
+        codes, scale, zero[:, self.coded] = _quantize(
+            rest[:, self.coded], self.bits, self.max_scale
+        )
         zeros = zero.clamp(-FP16_MAX, FP16_MAX).view(P, H, D)
         read_plane(pages, planes.zero, torch.float16)[:] = zeros.half()
         weight = scale[:, self.column_coded] * self.column_weight
@@ -137,7 +141,8 @@ class FragmentTokenCodec(TokenCodec):
 
     def seal(self, x: torch.Tensor, pages: torch.Tensor) -> None:
         planes = self.planes
-        assert planes.scale is not None and planes.zero is not None
+        assert planes.scale is not None
+        assert planes.zero is not None
         codes, scale, zero = self._quantize(x.transpose(1, 2))  # [P, H, W, D]
         rows = read_plane(pages, planes.codes, torch.uint8)
         for level in range(planes.bits // 2):
@@ -172,8 +177,11 @@ class FragmentTokenCodec(TokenCodec):
 
     def _scale_and_zero(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         planes = self.planes
-        assert planes.scale is not None and planes.zero is not None
+        assert planes.scale is not None
+        assert planes.zero is not None
         both = (read_plane(pages, plane, torch.float16) for plane in (planes.scale, planes.zero))
         # [P, H, W]
-        scale, zero = (x.unflatten(-1, self.shape[1:]).permute(0, 1, 3, 4, 2).flatten(2) for x in both)
+        scale, zero = (
+            x.unflatten(-1, self.shape[1:]).permute(0, 1, 3, 4, 2).flatten(2) for x in both
+        )
         return scale.float(), zero.float()

@@ -22,7 +22,8 @@ from fourier_vllm.kernels.page_attention import (
 from fourier_vllm.kernels.split import LOG2_E, TL_DTYPES, first_raw, query_rows
 from fourier_vllm.kernels.tables import MIN_ROWS, Tables, next_power_of_2
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["S", "L", "M", "num_splits"])
 def pages_kernel(
     p_q, p_pages, p_page_table, p_num_pages, p_gap_pages, p_seq_lens, p_query_start, p_acc, p_lse,
     p_basis,

@@ -19,9 +19,11 @@ from fourier_vllm.kernels.fragments import (
     column_codes,
     column_operand,
     high_codes,
+    lines_of,
     load_token_numbers,
     load_words,
     place_of_dim,
+    prefetch,
     repeat_columns,
     row_codes,
     two_terms,
@@ -109,6 +111,22 @@ def add_high(
 
 
 @triton.jit
+def first_lines(
+    i_h, group_start, num_groups, ok_coef, ok_codes, ok_scale, ok_zero, ov_codes, ov_scale, ov_zero,
+    M, D: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Cache lines of a page that one head reads first: of K's codes, of V's, of the small planes."""
+    o_k = lines_of(ok_codes + group_start * W, num_groups * W, 64)
+    o_v = lines_of(ov_codes + i_h * (W * D // 4), W * D // 4, 32)
+    i_x = tl.arange(0, 32) // 4
+    o_x = tl.where(i_x == 1, ok_zero + i_h * (D * 2), ok_scale + group_start * 8)
+    o_x = tl.where(i_x == 2, ok_coef + i_h * (M * D), o_x)
+    o_x = tl.where(i_x == 3, ov_scale + i_h * (W * 2), o_x)
+    o_x = tl.where(i_x == 4, ov_zero + i_h * (W * 2), o_x)
+    return o_k, o_v, o_x + tl.arange(0, 32) % 4 * 128
+
+
+@triton.jit(do_not_specialize=["S", "L", "M", "num_splits"])
 def fragment_pages_kernel(
     p_q, p_columns, p_pages, p_page_table, p_num_pages, p_gap_pages, p_seq_lens, p_query_start,
     p_acc, p_lse, p_basis, p_column_start,
@@ -116,7 +134,7 @@ def fragment_pages_kernel(
     stride_q, stride_columns, stride_page, stride_table, q_scale, S, L, M, num_splits,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr,
     BM: tl.constexpr, NT: tl.constexpr, SPLITS: tl.constexpr, CAUSAL: tl.constexpr,
-    MANY: tl.constexpr, V_BITS: tl.constexpr, EV: tl.constexpr, EH: tl.constexpr,
+    MANY: tl.constexpr, V_BITS: tl.constexpr, EV: tl.constexpr, EH: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     QW: tl.constexpr = W // 4
     E: tl.constexpr = W // 32
@@ -137,7 +155,9 @@ def fragment_pages_kernel(
     # Rows that do not exist read the tile's first: nobody stores what comes of them.
     o_n = i_m * BM + tl.arange(0, 4 * BM) // 4 % BM
     o_n = tl.where(o_n < num_queries * G, o_n, i_m * BM)
-    p_query = p_columns + ((start + o_n // G).to(tl.int64) * (H * G) + i_h * G + o_n % G) * stride_columns
+    p_query = (
+        p_columns + ((start + o_n // G).to(tl.int64) * (H * G) + i_h * G + o_n % G) * stride_columns
+    )
     p_query = tl.reshape(tl.broadcast_to(p_query[None, :], (NT, 4 * BM)), (NT * BM * 4,))
     group_start = tl.load(p_column_start + i_h)
     num_groups = tl.load(p_column_start + i_h + 1) - group_start
@@ -158,10 +178,19 @@ def fragment_pages_kernel(
     last = tl.minimum(num_pages, (i_s + 1) * share)
     p_table = p_page_table + i_b.to(tl.int64) * stride_table
     next_page = tl.load(p_table + i_s * share, mask=i_s * share < last, other=0)
+    o_k_lines, o_v_lines, o_small = first_lines(
+        i_h, group_start, num_groups, ok_coef, ok_codes, ok_scale, ok_zero, ov_codes, ov_scale,
+        ov_zero, M, D, W,
+    )  # fmt: skip
     for i_p in range(i_s * share, last):
         p_words = (p_pages + next_page.to(tl.int64) * stride_page).to(tl.pointer_type(tl.int32))
         next_page = tl.load(p_table + i_p + 1, mask=i_p + 1 < last, other=0)
+        p_next = p_pages + next_page.to(tl.int64) * stride_page
+        prefetch(p_next, o_k_lines, ASM)
+        prefetch(p_next, o_v_lines, ASM)
+        prefetch(p_next, o_small, ASM)
         o_v = (ov_codes + i_h * (QW * D)) // 4
+        # Under way while K is worked on.
         b_w = load_rows(p_words, o_v, D, BD, W, EV)
         b_s0, b_s1, b_s2, b_s3 = page_scores(
             b_q, b_bias, p_query, p_words, p_basis, i_h, group_start, num_groups,
@@ -258,7 +287,8 @@ def attend_fragment_pages(
         ok_coef, ok_coef_scale, *ok_rest, ov_codes, ov_scale, ov_zero, ov_high,
         q.stride(0), tables.num_columns // 2, pages.stride(0), page_table.stride(0),
         sm_scale * LOG2_E, sink_tokens, local_window, max(layout.coefficients - 1, 0), acc.shape[2],
-        H=H, G=G, D=D, BD=max(64, next_power_of_2(D)), W=W, BM=BM, NT=2, SPLITS=splits,
+        H=H, G=G, D=D, BD=max(64, next_power_of_2(D)), W=W, BM=BM, NT=4, SPLITS=splits,
         CAUSAL=seq_lens is not None, MANY=max_query_len > 1, V_BITS=tables.v_bits,
-        EV=run_of(D // 8), EH=run_of(D // 16), num_warps=1, num_stages=1,
+        EV=run_of(D // 8), EH=run_of(D // 16),
+        ASM=q.is_cuda and torch.version.hip is None, num_warps=1, num_stages=1,
     )  # fmt: skip

@@ -9,8 +9,10 @@ from torch import Tensor
 from fourier_vllm.kernels.split import LOG2_E, TL_DTYPES, first_raw, query_rows
 from fourier_vllm.kernels.tables import next_power_of_2
 
+MAX_SPLITS = 5
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["S", "L", "first_split", "num_splits"])
 def raw_kernel(
     p_q, p_local, p_block_table, p_num_pages, p_gap_pages, p_seq_lens, p_query_start, p_acc, p_lse,
     stride_q, stride_block, stride_head, stride_token, stride_table, q_scale, S, L,
@@ -69,6 +71,11 @@ def raw_kernel(
     tl.store(p_acc + o_o[:, None] * D + o_d[None, :], b_acc / b_some[:, None], mask=m_q)
     b_lse = tl.where(b_sum > 0, b_max + tl.log2(b_some), -float("inf"))
     tl.store(p_lse + o_o, b_lse, mask=m_row)
+
+
+def num_splits(batch: int, num_kv_heads: int, num_sms: int) -> int:
+    """Shares of the raw tokens, a few tiles, that give every multiprocessor a program."""
+    return max(1, min(MAX_SPLITS, num_sms // (batch * num_kv_heads)))
 
 
 def attend_raw(

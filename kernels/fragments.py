@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
+LINE = tl.constexpr(128)
 UNIT = tl.constexpr(2.0**24)  # a subnormal's bits as a number
 
 
@@ -139,3 +141,19 @@ def add_basis(b_s, p_basis, b_y, SLICE: tl.constexpr, E: tl.constexpr):
     b_x = pairs(load_words(p_basis + SLICE * 32 * E, o_l * E, o_l >= 0, E))  # [32, E, e]
     b_x = tl.reshape(tl.join(b_x, b_x), (8, 4, E, 2, 2))  # g t r e h
     return tl.dot(tl.reshape(tl.permute(b_x, (2, 0, 1, 4, 3)), (8 * E, 16)), b_y, b_s)
+
+
+@triton.jit
+def lines_of(o_x, num_bytes, N: tl.constexpr):
+    """Where N cache lines of a plane begin; those behind its end are the first again."""
+    o_n = tl.arange(0, N) * LINE
+    return o_x + tl.where(o_n < num_bytes, o_n, 0)
+
+
+@triton.jit
+def prefetch(p_page, o_lines, ASM: tl.constexpr):
+    """Bring cache lines of a page into L2: it costs no registers to have the next page under way."""
+    if ASM:
+        tl.inline_asm_elementwise(
+            PREFETCH, "=r,l", [(p_page + o_lines).to(tl.int64)], tl.int32, is_pure=False, pack=1
+        )

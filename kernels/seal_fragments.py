@@ -23,8 +23,35 @@ def sum_of_shifted(b_x, N: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
 
 
 @triton.jit
+def store_columns(
+    p_page, o_codes, b_codes, p_column_start, p_column_dim, p_column_level, i_h,
+    W: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Write the head's columns of codes `[W, BD]` of up to 8 bits, four columns a word."""
+    QW: tl.constexpr = W // 4
+    b_four = sum_of_shifted(b_codes, 4, 8, W, BD)  # a byte of each slice, [QW, BD]
+    start, stop = tl.load(p_column_start + i_h) * 4, tl.load(p_column_start + i_h + 1) * 4
+    o_j = tl.arange(0, QW)
+    o_w = (o_j % 8 * (W // 32) + o_j // 8)[:, None]
+    b_shift = swapped(tl.arange(0, 4)) * 8
+    for i_n in range(start, stop, BN):
+        o_n = i_n + tl.arange(0, BN)
+        b_dim = tl.load(p_column_dim + o_n, mask=o_n < stop, other=-1)
+        b_level = tl.load(p_column_level + o_n, mask=o_n < stop, other=0)
+        b_index = tl.broadcast_to(tl.maximum(b_dim, 0)[None, :], (QW, BN))
+        b_x = tl.gather(b_four, b_index, 1) >> (2 * b_level)[None, :]
+        # The bits of four bytes come together in the topmost.
+        b_x = ((b_x & 0x03030303) * 0x01041040).to(tl.uint32) >> 24
+        b_x = tl.where((b_dim >= 0)[None, :], b_x, 0).to(tl.int32)
+        b_words = tl.sum(tl.reshape(b_x, (QW, BN // 4, 4)) << b_shift[None, None, :], 2)
+        o_g = i_n // 4 + tl.arange(0, BN // 4)
+        p_words = (p_page + o_codes).to(tl.pointer_type(tl.int32)) + o_g[None, :] * QW
+        tl.store(p_words + o_w, b_words, mask=(o_g < stop // 4)[None, :])
+
+
+@triton.jit
 def seal_columns(
-    b_x, p_page, i_h, p_basis, p_dims, p_column_start, p_column_dim,
+    b_x, p_page, i_h, p_basis, p_dims, p_column_start, p_column_dim, p_column_level,
     o_coef, o_coef_scale, o_codes, o_scale, o_zero, M,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
@@ -54,20 +81,28 @@ def seal_columns(
     b_limit = FP16_MAX / (1 << tl.maximum(b_bits - 2, 0)).to(tl.float32)
     b_scale = (tl.max(b_x, 0) - b_zero.to(tl.float32)) / tl.maximum(b_levels, 1.0)
     b_scale = tl.minimum(tl.maximum(b_scale, 0.0), b_limit).to(tl.float16)
-    b_codes = round_half_up((b_x - b_zero.to(tl.float32)[None, :]) / step_of(b_scale)[None, :])
-    b_codes = tl.minimum(tl.maximum(b_codes, 0.0), b_levels[None, :]).to(tl.int32)
-    o_j = tl.arange(0, W // 4)
     for i_level in tl.static_range(4):
         m_n = (b_column >= 0) & (b_bits > 2 * i_level)
-        o_n = b_column + i_level
-        store_fp16(p_page + o_scale, o_n, (b_scale.to(tl.float32) * 4**i_level).to(tl.float16), m_n)
-        b_bytes = sum_of_shifted((b_codes >> (2 * i_level)) & 3, 4, 2, W, BD)
-        o_b = (o_n // 4 * W + swapped(o_n) % 4)[None, :] + (o_j % 8 * (W // 8) + o_j // 8 * 4)[:, None]
-        tl.store(p_page + o_codes + o_b, b_bytes.to(tl.uint8), mask=m_n[None, :])
-    start, stop = tl.load(p_column_start + i_h) * 4, tl.load(p_column_start + i_h + 1) * 4
+        b_weight = (b_scale.to(tl.float32) * 4**i_level).to(tl.float16)
+        store_fp16(p_page + o_scale, b_column + i_level, b_weight, m_n)
+    stop = tl.load(p_column_start + i_h + 1) * 4
     o_n = stop - 4 + tl.arange(0, 4)
-    b_dim = tl.load(p_column_dim + o_n, mask=o_n >= start, other=0)
+    b_dim = tl.load(p_column_dim + o_n, mask=o_n >= 0, other=0)
     store_fp16(p_page + o_scale, o_n, tl.zeros([4], tl.float16), b_dim < 0)
+    b_codes = codes_of(b_x, b_zero[None, :], b_scale[None, :], b_levels[None, :])
+    store_columns(
+        p_page, o_codes, b_codes, p_column_start, p_column_dim, p_column_level, i_h, W, BD, 64
+    )
+
+
+@triton.jit
+def codes_of(b_x, b_zero, b_scale, b_levels):
+    """Codes of `b_x`, int32."""
+    b_step = 1.0 / step_of(b_scale)
+    b_code = b_x * b_step - b_zero.to(tl.float32) * b_step
+    b_code = tl.minimum(tl.maximum(b_code, 0.0), b_levels)
+    # Rounds to the nearest where floats have no fraction left.
+    return (b_code + 8388608.0).to(tl.int32, bitcast=True) - 0x4B000000
 
 
 @triton.jit
@@ -105,8 +140,7 @@ def seal_rotated(
     o_w = i_h * W + o_j % 8 * (W // 8) + o_r // 16 * (W // 32) + o_j // 8
     store_fp16(p_page + o_scale, o_w, b_scale, o_r < 64)
     store_fp16(p_page + o_zero, o_w, b_zero, o_r < 64)
-    b_codes = round_half_up((b_x - b_zero.to(tl.float32)[:, None]) / step_of(b_scale)[:, None])
-    b_codes = tl.minimum(tl.maximum(b_codes, 0.0), (1 << BITS) - 1.0).to(tl.int32)
+    b_codes = codes_of(b_x, b_zero[:, None], b_scale[:, None], (1 << BITS) - 1.0)
     for i_level in tl.static_range(BITS // 2):
         b_bytes = sum_of_shifted((b_codes >> (2 * i_level)) & 3, 4, 2, 64, BD)
         store_rows(p_page, o_codes + (i_level * H + i_h) * QW * D, b_bytes, i_k, D, BD, EV)

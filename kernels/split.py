@@ -31,7 +31,7 @@ def query_rows(p_query_start, i_b, i_h, i_m, G: tl.constexpr, BM: tl.constexpr):
 
 
 def num_splits(batch: int, num_kv_heads: int, max_pages: int, num_sms: int) -> int:
-    """Shares of the pages that keep the GPU busy: a program is one warp, and registers hold 8 of them a SM."""
+    """Shares of the pages that keep the GPU busy: programs are warps, and registers hold 8 a SM."""
     slots, pairs = 8 * num_sms, batch * num_kv_heads
 
     def pages_in_turn(splits: int) -> int:

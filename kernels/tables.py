@@ -27,6 +27,13 @@ def next_power_of_2(n: int, least: int = MIN_DOT) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a GPU; anything for Triton's interpreter."""
+    if device.type != "cuda":
+        return MIN_DOT
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def basis_fragments(W: int, m: int) -> Tensor:
     """Rows of the DCT from the second on, zeros, and ones in the eighth, as pairs of fp16.
 
@@ -81,9 +88,9 @@ class ChannelTables:
         def table(values: list[int]) -> Tensor:
             return torch.tensor(values or [0], dtype=torch.int32, device=device)
 
-        column_dim = [-1] * starts[-1]
-        for place, (i, _) in zip(places, columns, strict=True):
-            column_dim[place] = planes.coded_dims[i] % D
+        column_dim, column_level = [-1] * starts[-1], [0] * starts[-1]
+        for place, (i, level) in zip(places, columns, strict=True):
+            column_dim[place], column_level[place] = planes.coded_dims[i] % D, level
         first = [place for place, (_, level) in zip(places, columns, strict=True) if level == 0]
         coded, raw = list(planes.coded_dims), list(planes.raw_dims)
         bits = torch.tensor(planes.coded_bits, dtype=torch.int32)
@@ -98,7 +105,7 @@ class ChannelTables:
             column_start=table([n // COLUMN_GROUP if layout.fragments else n for n in starts]),
             column_dim=table(column_dim),
             column_coded=table([i for i, _ in columns]),
-            column_level=table([level for _, level in columns]),
+            column_level=table(column_level),
             raw_start=table(head_starts(planes.raw_dims, D, H)),
             raw_dim=table([dim % D for dim in planes.raw_dims]),
             dims=by_dim.view(4, H, D).to(device),
@@ -149,6 +156,10 @@ class Tables:
         Of V's token codec, zero beyond the D dims; the identity where nothing is rotated.
     signs, signs_scale : Tensor [BD, BD], float
         The same as a product; where D is a power of two `signs` is +-1, exact in any precision.
+    sign_bits : Tensor [BD, BD], int16
+        The sign bits of a 16-bit float of them.
+    num_sms : int
+        Multiprocessors, for grids that do not follow the work.
     """
 
     layout: PageLayout
@@ -161,7 +172,9 @@ class Tables:
     num_columns: int
     rotation: Tensor
     signs: Tensor
+    sign_bits: Tensor
     signs_scale: float
+    num_sms: int
 
     @classmethod
     def build(cls, layout: PageLayout, device: torch.device | str) -> Tables:
@@ -205,5 +218,7 @@ class Tables:
             num_columns=max(COLUMN_GROUP, *map(sub, starts[1:], starts)) if layout.fragments else 0,
             rotation=turn.to(device),
             signs=(turn / signs_scale).to(device),
+            sign_bits=(turn.sign() < 0).short().mul(-0x8000).to(device),
             signs_scale=signs_scale,
+            num_sms=num_sms(device),
         )

@@ -39,7 +39,9 @@ def bits_of(D: int, H: int, pattern: str) -> list[list[int]]:
     if pattern == "paper":
         return [[16] * (D // 4) + [0] * (D - D // 4)] * H
     if pattern == "coded":
-        return [[(0, 2, 4, 8, 2, 2, 0)[(h * h + d + d // 5) % 7] for d in range(D)] for h in range(H)]
+        return [
+            [(0, 2, 4, 8, 2, 2, 0)[(h * h + d + d // 5) % 7] for d in range(D)] for h in range(H)
+        ]
     return [[(0, 2, 4, 8, 16, 2, 0)[(3 * h + d + d // 5) % 7] for d in range(D)] for h in range(H)]
 
 

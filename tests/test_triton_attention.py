@@ -201,7 +201,9 @@ def test_every_recipe_in_fragment_order(recipe: str) -> None:
     check(recipe, seq_lens=(230,), dtype="bfloat16", fragments=True)
 
 
-@pytest.mark.parametrize(("D", "W"), [(16, 64), (64, 128), (80, 64), (96, 128), (192, 64), (256, 64)])
+@pytest.mark.parametrize(
+    ("D", "W"), [(16, 64), (64, 128), (80, 64), (96, 128), (192, 64), (256, 64)]
+)
 def test_sizes_in_fragment_order(D: int, W: int) -> None:
     check("coded-3", seq_lens=(2 * W + 50,), D=D, W=W, group=1, fragments=True)
 

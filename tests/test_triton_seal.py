@@ -48,8 +48,7 @@ def check(
     seal.seal(
         tables.Tables.build(codec.layout, DEVICE),
         *(x.to(DEVICE) for x in (k_new, v_new, local, table)), got, ids.to(DEVICE),
-        torch.tensor(lens, dtype=torch.int32, device=DEVICE), starts.to(DEVICE), max(query_lens),
-        sinks,
+        torch.tensor(lens, dtype=torch.int32, device=DEVICE), starts.to(DEVICE), sinks,
     )  # fmt: skip
     got = got.cpu()
     sealed = torch.zeros(len(pages), dtype=torch.bool)
@@ -108,7 +107,9 @@ def test_every_recipe_in_fragment_order(recipe: str) -> None:
     check(recipe, fragments=True)
 
 
-@pytest.mark.parametrize(("D", "W"), [(16, 64), (64, 128), (80, 64), (96, 128), (192, 64), (256, 64)])
+@pytest.mark.parametrize(
+    ("D", "W"), [(16, 64), (64, 128), (80, 64), (96, 128), (192, 64), (256, 64)]
+)
 def test_sizes_in_fragment_order(D: int, W: int) -> None:
     check("coded-3", D=D, W=W, query_lens=(W,), dtype="bfloat16", fragments=True)
 
