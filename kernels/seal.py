@@ -15,13 +15,12 @@ from torch import Tensor
 
 from fourier_vllm.kernels.codecs import range_share
 from fourier_vllm.kernels.codecs_fragments import run_of
-from fourier_vllm.kernels.seal_fragments import seal_columns, seal_rotated
+from fourier_vllm.kernels.seal_fragments import seal_columns, seal_rotated, token_of_row
 from fourier_vllm.kernels.seal_plain import seal_channel, seal_tokens
 from fourier_vllm.kernels.split import TL_DTYPES
 from fourier_vllm.kernels.tables import Tables, next_power_of_2
 
-# As many programs as registers hold.
-PROGRAMS_PER_SM, NUM_WARPS, MAX_REGISTERS = 3, 4, 168
+PROGRAMS_PER_SM = 2  # as many as registers hold
 
 
 @triton.jit
@@ -45,6 +44,13 @@ def load_tokens(
         )
         b_x = tl.where(m_new[:, None], b_new.to(tl.float32), b_old.to(tl.float32))
     return b_x
+
+
+@triton.jit
+def load_signs(p_x, DTYPE: tl.constexpr):
+    """Sign bits as +-1."""
+    ONE: tl.constexpr = 0x3F80 if tl.bfloat16 == DTYPE else 0x3C00
+    return (tl.load(p_x) | ONE).to(DTYPE, bitcast=True)
 
 
 @triton.jit
@@ -118,10 +124,14 @@ def seal_page(
                      DTYPE)  # fmt: skip
     else:
         o_e = tl.arange(0, 8 * ET)
+        ONCE: tl.constexpr = EXACT and BK == BD and V_BITS < 16
+        if ONCE:
+            b_signs = load_signs(p_sign_bits + o_d[:, None] * BD + o_d[None, :], DTYPE)
         for i_e in range(0, W // 8, ET):
             o_t = (o_e // ET) * (W // 8) + i_e + o_e % ET
             if FRAGMENTS:
-                o_t = (o_e // (2 * ET)) * (W // 4) + 2 * i_e + o_e % (2 * ET)
+                i_n, o_j = token_of_row(o_e, i_e // ET, W)
+                o_t = i_n * (W // 4) + o_j
             b_turned = tl.zeros([8 * ET, BD], tl.float32)
             for i_k in range(0, BD, BK):
                 o_k = i_k + tl.arange(0, BK)
@@ -134,10 +144,10 @@ def seal_page(
                     p_codes = (p_page + ov_codes).to(tl.pointer_type(DTYPE))
                     o_v = (i_h * W + o_t)[:, None] * D + o_k[None, :]
                     tl.store(p_codes + o_v, b_x.to(DTYPE), mask=(o_k < D)[None, :])
+                elif ONCE:
+                    b_turned = tl.dot(b_x.to(DTYPE), b_signs, b_turned)
                 elif EXACT:
-                    ONE: tl.constexpr = 0x3F80 if tl.bfloat16 == DTYPE else 0x3C00
-                    b_r = tl.load(p_sign_bits + o_r) | ONE
-                    b_turned = tl.dot(b_x.to(DTYPE), b_r.to(DTYPE, bitcast=True), b_turned)
+                    b_turned = tl.dot(b_x.to(DTYPE), load_signs(p_sign_bits + o_r, DTYPE), b_turned)
                 else:
                     b_turned = tl.dot(b_x, tl.load(p_signs + o_r), b_turned, input_precision="tf32")
             if FRAGMENTS:
@@ -249,5 +259,5 @@ def seal(
         K_SMALL=kt.small_coefficients, K_CODES=kt.has_codes, K_RAW=kt.has_raw,
         V_SMALL=vt.small_coefficients, V_CODES=vt.has_codes, V_RAW=vt.has_raw,
         FRAGMENTS=layout.fragments, MEANS=m > 0, EV=run_of(D // 8), EH=run_of(max(D // 16, 1)),
-        EXACT=exact, num_warps=NUM_WARPS, num_stages=1, maxnreg=MAX_REGISTERS,
+        EXACT=exact, num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -106,18 +106,19 @@ def codes_of(b_x, b_zero, b_scale, b_levels):
 
 
 @triton.jit
-def store_rows(
-    p_page, o_x, b_bytes, i_k,
-    D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
+def token_of_row(o_r, i_k, W: tl.constexpr):
+    """Slice and place in it of rows `[64]`: four runs of the 16 tokens that share a word with each other."""
+    return o_r // 4 % 4, i_k * 16 + o_r // 16 * 4 + o_r % 4
+
+
+@triton.jit
+def store_words(
+    p_page, o_x, b_words, i_k, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr
 ):  # fmt: skip
-    """Write bytes `[16, BD]` of a run of 16 as words of four, E of a lane together."""
-    b_four = tl.permute(tl.reshape(b_bytes, (4, 4, BD)), (1, 0, 2))
-    b_shift = swapped(tl.arange(0, 4)) * 8
-    b_words = tl.sum(b_four << b_shift[:, None, None], 0)  # [4, BD]
+    """Write words `[4, BD]` of run `i_k`, E of a lane together."""
     o_d, i_t = tl.arange(0, BD)[None, :], tl.arange(0, 4)[:, None]
     o_w = ((i_k * (D // (8 * E)) + o_d // (8 * E)) * 32 + i_t * 8 + o_d % 8) * E + o_d // 8 % E
-    p_words = (p_page + o_x).to(tl.pointer_type(tl.int32))
-    tl.store(p_words + o_w, b_words, mask=o_d < D)
+    tl.store((p_page + o_x).to(tl.pointer_type(tl.int32)) + o_w, b_words, mask=o_d < D)
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def seal_rotated(
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
     SHARE: tl.constexpr, EV: tl.constexpr, EH: tl.constexpr,
 ):  # fmt: skip
-    """Write rotated tokens `b_x [64, BD]`: run `i_k` of 16 of each slice."""
+    """Write rotated tokens `b_x [64, BD]`, run `i_k` of 16 of each slice, rows as `token_of_row` says."""
     QW: tl.constexpr = W // 4
     m_d = (tl.arange(0, BD) < D)[None, :]
     b_low = tl.min(tl.where(m_d, b_x, float("inf")), 1)
@@ -136,16 +137,18 @@ def seal_rotated(
     b_scale = (b_high - b_cut - b_zero.to(tl.float32)) / ((1 << BITS) - 1)
     b_scale = to_fp16(tl.maximum(b_scale, 0.0))
     o_r = tl.arange(0, 64)
-    o_j = i_k * 16 + o_r % 16
-    o_w = i_h * W + o_j % 8 * (W // 8) + o_r // 16 * (W // 32) + o_j // 8
+    i_n, o_j = token_of_row(o_r, i_k, W)
+    o_w = i_h * W + o_j % 8 * (W // 8) + i_n * (W // 32) + o_j // 8
     store_fp16(p_page + o_scale, o_w, b_scale, o_r < 64)
     store_fp16(p_page + o_zero, o_w, b_zero, o_r < 64)
     b_codes = codes_of(b_x, b_zero[:, None], b_scale[:, None], (1 << BITS) - 1.0)
+    b_shift = (2 * i_n + 8 * swapped(o_r % 4))[:, None]
     for i_level in tl.static_range(BITS // 2):
-        b_bytes = sum_of_shifted((b_codes >> (2 * i_level)) & 3, 4, 2, 64, BD)
-        store_rows(p_page, o_codes + (i_level * H + i_h) * QW * D, b_bytes, i_k, D, BD, EV)
+        b_bits = ((b_codes >> (2 * i_level)) & 3) if BITS > 2 else b_codes
+        b_words = tl.sum(tl.reshape(b_bits << b_shift, (4, 16, BD)), 1)
+        store_words(p_page, o_codes + (i_level * H + i_h) * QW * D, b_words, i_k, D, BD, EV)
     if BITS == 3:
-        b_bits = tl.reshape(sum_of_shifted(b_codes >> 2, 4, 2, 64, BD), (16, BD // 16, 2, 8))
-        b_bits = tl.sum(b_bits << tl.arange(0, 2)[None, None, :, None], 2)
-        b_bits = tl.reshape(b_bits, (16, BD // 2))
-        store_rows(p_page, o_high + i_h * (QW * D // 2), b_bits, i_k, D // 2, BD // 2, EH)
+        b_words = tl.sum(tl.reshape((b_codes >> 2) << b_shift, (4, 16, BD)), 1)
+        b_words = tl.reshape(b_words, (4, BD // 16, 2, 8)) << tl.arange(0, 2)[None, None, :, None]
+        b_words = tl.reshape(tl.sum(b_words, 2), (4, BD // 2))
+        store_words(p_page, o_high + i_h * (QW * D // 2), b_words, i_k, D // 2, BD // 2, EH)
