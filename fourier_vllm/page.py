@@ -37,8 +37,10 @@ to a multiple of 4. With s = W/4, codes byte j as above:
     v.codes     [b/2, H, W/64, D/8E, 4, 8, E, 4]  uint8  [.., k, i, t, g, r]: dim 8(E i + r) + g,
                                   bytes j = 16k + 4t + (0, 2, 1, 3); E is 4, or 2 where 32 does not divide D
     v.high      [H, W/64, D/16E, 4, 8, E, 4]  uint8  as codes, of dim 16(E i + r) + g: bit 2n for the token
-                                  that has bits 2n, 2n + 1 of codes, bit 2n + 1 for the same of dim + 8
+                                  that has bits 2n, 2n + 1 of codes, bit 2n + 1 for the same of dim + 8;
+                                  E is the largest of 4, 2, 1 that divides D/16
     v.scale, v.zero  [H, 8, 4, W/32]  fp16  [.., g, n, r]: token n s + 8r + g
+    (the rows of the DCT that the coefficients belong to are rounded to fp16)
 ```
 
 Worked example: one head of size 8, W = 32, m = 1 coefficient of 8 bits, V at 2 bits. The dims have

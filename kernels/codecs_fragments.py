@@ -71,7 +71,7 @@ class FragmentChannelCodec(ChannelCodec):
         W, m = layout.page_size, layout.coefficients
         # What the tensor cores multiply with: its rounding is part of the format.
         rows = dct_basis(W, m)[1:].half().float()
-        self.basis = torch.cat([torch.ones(1, W), rows]).to(device)
+        self.basis = torch.cat([torch.ones(1, W, dtype=torch.float32), rows]).to(device)
         self.places = torch.tensor(
             planes.places(layout.head_size), dtype=torch.long, device=device
         )  # [N]

@@ -49,6 +49,6 @@ def prefill_pages(
         splits=1,
         columns=torch.empty(T, Hq, tables.num_columns, dtype=torch.float16, device=q.device),
     )
-    out, out_lse = torch.empty_like(q), torch.empty(T, Hq, device=q.device)
+    out, out_lse = torch.empty_like(q), torch.empty(T, Hq, dtype=torch.float32, device=q.device)
     reduce(tables, acc, lse, 1, out, out_lse)
     return out, out_lse

@@ -165,7 +165,8 @@ def completed_pages(p_seq_lens, p_query_start, o_b, B, W: tl.constexpr):
     b_len = tl.load(p_seq_lens + o_b, mask=m_b, other=0)
     b_start = tl.load(p_query_start + o_b, mask=m_b, other=0)
     b_stop = tl.load(p_query_start + o_b + 1, mask=m_b, other=0)
-    return b_len // W - (b_len - (b_stop - b_start)) // W
+    # Padding has a query token and no length.
+    return b_len // W - tl.maximum(b_len - (b_stop - b_start), 0) // W
 
 
 @triton.jit(do_not_specialize=["S", "M", "B"])

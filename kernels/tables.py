@@ -39,7 +39,7 @@ def basis_fragments(W: int, m: int) -> Tensor:
 
     Word `[n, g, t, r]` holds rows 2t and 2t + 1 of token n W/4 + 8r + g.
     """
-    rows = torch.zeros(8, W)
+    rows = torch.zeros(8, W, dtype=torch.float32)
     rows[: max(m - 1, 0)], rows[7] = dct_basis(W, m)[1:], 1.0
     words = rows.half().view(4, 2, 4, W // 32, 8).permute(2, 4, 0, 3, 1)  # n g t r pair
     return words.contiguous().view(torch.int32).flatten()
@@ -192,12 +192,12 @@ class Tables:
                 " larger pages."
             )
         k, starts = ChannelTables.build(layout.k, layout, device), layout.k.column_starts
-        basis = torch.zeros(next_power_of_2(m), W)
+        basis = torch.zeros(next_power_of_2(m), W, dtype=torch.float32)
         if layout.fragments:
             basis[: max(m - 1, 0)] = dct_basis(W, m)[1:].half()
         else:
             basis[:m] = dct_basis(W, m)
-        turn = torch.zeros(next_power_of_2(D), next_power_of_2(D))
+        turn = torch.zeros(next_power_of_2(D), next_power_of_2(D), dtype=torch.float32)
         if isinstance(layout.v, TokenPlanes):
             bits, v = layout.v.bits, k
             planes = (layout.v.codes, layout.v.scale, layout.v.zero, layout.v.high)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourier_vllm.engine.reference_path import load_blocks
+from fourier_vllm.engine.cells import load_blocks
 from fourier_vllm.kernels.cpu import decode as decode_cpu
 from fourier_vllm.kernels.reference_attention import decode_attention
 from tests.numerics import DTYPES, assert_close

@@ -16,6 +16,8 @@ def common(tokens: int = 7) -> SimpleNamespace:
     return SimpleNamespace(
         num_reqs=1,
         query_start_loc=torch.tensor([0, tokens, tokens]),
+        query_start_loc_cpu=torch.tensor([0, tokens, tokens]),
+        seq_lens_cpu_upper_bound=torch.tensor([tokens, 0]),
         seq_lens=torch.tensor([tokens, 0]),
         is_prefilling=None,
         block_table_tensor=torch.ones(2, 4, dtype=torch.int32),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -16,7 +16,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-from fourier_vllm.engine import reference_path, sliding
+from fourier_vllm.engine import sliding
 from fourier_vllm.engine.local_cache import SUFFIX, FourierLocalBackend, FourierLocalCache
 from fourier_vllm.engine.metadata import FourierMetadata
 from fourier_vllm.engine.model_weights import Ancestry, read_projections
@@ -30,9 +30,11 @@ from fourier_vllm.engine.recipes import (
 )
 from fourier_vllm.engine.refuse import WAY_OUT, check_config, check_layer
 from fourier_vllm.engine.specs import FourierLocalSpec, FourierPageSpec
-from fourier_vllm.kernels.cpu import decode as decode_cpu
 from fourier_vllm.kernels.reference import PageCodec
 from fourier_vllm.page import PAGE_ALIGNMENT
+
+if TYPE_CHECKING:
+    from fourier_vllm.engine.gpu_path import GpuPath
 
 logger = init_logger("vllm.fourier_vllm")
 
@@ -103,6 +105,7 @@ class FourierImpl(AttentionImpl):
         self.kv_cache_dtype = kv_cache_dtype
         self.sliding_window = sliding_window
         self.local: FourierLocalCache | None = None
+        self.gpu: GpuPath | None = None
         self._ancestry = Ancestry(self)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -123,7 +126,13 @@ class FourierImpl(AttentionImpl):
         engine = engine_recipe(self.vllm_config)
         dtype = layer.kv_cache_torch_dtype
         model = self.vllm_config.model_config
+        device = self.vllm_config.device_config.device
         if self.sliding_window is not None:
+            if device.type != "cpu":
+                raise ValueError(
+                    "attention backend fourier does not support sliding-window layers on a GPU: add "
+                    "--attention-config.backend_per_kind.sliding_window FLASH_ATTN."
+                )
             stock = type(layer).get_kv_cache_spec.__get__(layer)
             # Pages of the usual 128 tokens would be split over many cache groups.
             layer.get_kv_cache_spec = lambda config: replace(stock(config), block_size=16)
@@ -136,20 +145,34 @@ class FourierImpl(AttentionImpl):
             )
         rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         layout = layer_layout(engine, ordinal, rank, world, dtype.itemsize, projections)
-        device = self.vllm_config.device_config.device
-        if device.type != "cpu":
-            logger.warning_once(
-                "fourier: this version has no GPU kernels; attention runs in plain PyTorch, slowly."
-            )
         pages_bytes = id_bytes(engine, world, layout)
         self.window = engine.window(engine.fingerprint.num_layers * layout.raw_bytes / pages_bytes)
         self.codec = PageCodec(layout, dtype, device)
         if device.type == "cpu":
+            from fourier_vllm.kernels.cpu import decode as decode_cpu
+
             decode_cpu.warm_up(self.codec, dtype)
+        else:
+            self.gpu = self._gpu_path(device)
         self.local = FourierLocalCache(layer, self._local_spec(layer, engine, pages_bytes))
         self.local_name = name + SUFFIX
         layers[self.local_name] = self.local
         layer.get_kv_cache_spec = partial(self._page_spec, layer)
+
+    def _gpu_path(self, device: torch.device) -> GpuPath:
+        # Imports Triton, which machines without a GPU do not need.
+        from fourier_vllm.engine.gpu_path import GpuPath
+
+        config = self.vllm_config
+        return GpuPath(
+            self.codec,
+            self.window,
+            self.num_heads,
+            self.scale,
+            device,
+            config.model_config.max_model_len,
+            config.scheduler_config.max_num_seqs,
+        )
 
     def _page_spec(self, layer: Attention, vllm_config: Any) -> FourierPageSpec:
         return FourierPageSpec(
@@ -195,6 +218,8 @@ class FourierImpl(AttentionImpl):
     ) -> torch.Tensor:
         """vLLM's interface: `query, output [T, Hq, D]`, `key, value [T, H, D]`, any strides."""
         if attn_metadata is None:  # memory profiling
+            if self.gpu is not None:
+                self.gpu.reserve()
             return output.fill_(0)
         if self.local is None:
             window = self.sliding_window
@@ -202,13 +227,20 @@ class FourierImpl(AttentionImpl):
             sliding.run_step(attn_metadata, window, query, key, value, kv_cache, self.scale, output)
             return output
         local_metadata = get_forward_context().attn_metadata[self.local_name]
+        pages = kv_cache.view(torch.uint8)[:, 0, 0]
+        if self.gpu is not None:
+            local = self.local.kv_cache
+            self.gpu.run(attn_metadata, local_metadata, query, key, value, pages, local, output)
+            return output
+        from fourier_vllm.engine import reference_path
+
         reference_path.run_step(
             self.codec,
             attn_metadata.plan(local_metadata, self.window),
             query,
             key,
             value,
-            kv_cache.view(torch.uint8)[:, 0, 0],
+            pages,
             self.local.kv_cache,
             self.scale,
             self.window.sink_tokens,

@@ -10,7 +10,7 @@ from typing import Any
 
 from fourier_vllm.config import FourierConfig, Geometry
 from fourier_vllm.engine.plan import Window
-from fourier_vllm.page import PageLayout
+from fourier_vllm.page import PAGE_ALIGNMENT, PageLayout, align
 from fourier_vllm.recipe import (
     TARGETS,
     LayerRecipe,
@@ -23,6 +23,7 @@ from fourier_vllm.recipe import (
 # Raw blocks share one pool of block ids with pages: a bigger one would widen every id.
 LOCAL_BLOCK_SIZES = (256, 128, 64, 32, 16, 8)
 ALL_KEPT = "lossless"
+FRAGMENT_ROOM = 1.02  # what fragment order may add to pages whose bits follow from the weights
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class EngineRecipe:
         Named target the weights are allocated for, where `recipe` is None.
     source : str
         Where it came from, for the log.
+    fragments : bool
+        Pages are in fragment order where a layer can have it: on GPUs.
     """
 
     fingerprint: ModelFingerprint
@@ -45,6 +48,7 @@ class EngineRecipe:
     target: str
     prefill: str
     source: str
+    fragments: bool = False
 
     @property
     def coefficients(self) -> int:
@@ -68,6 +72,7 @@ class EngineRecipe:
             coefficients=self.coefficients,
             coefficient_bits=self.coefficient_bits,
             itemsize=itemsize,
+            fragments=self.fragments,
         )
 
     def window(self, ratio: float) -> Window:
@@ -144,6 +149,7 @@ def engine_recipe(vllm_config: Any) -> EngineRecipe:
         target=recipe.name if recipe else options.target,
         prefill=options.prefill,
         source=source,
+        fragments=vllm_config.device_config.device_type == "cuda",
     )
 
 
@@ -179,8 +185,13 @@ def layer_layout(
     bits = layer_recipe(
         engine.fingerprint, engine.target, ordinal, engine.geometry.page_size, projections
     )
-    layout = engine.layout(bits, itemsize)
-    page_bytes = page_bytes_for(layout, engine.target)
+    layout = plain = replace(engine, fragments=False).layout(bits, itemsize)
+    page_bytes = page_bytes_for(plain, engine.target)
+    if engine.fragments and TARGETS[engine.target].ratio is not None:
+        # Bits were chosen to fill pages in plain order.
+        page_bytes = align(int(page_bytes * FRAGMENT_ROOM), PAGE_ALIGNMENT)
+        fragments = engine.layout(bits, itemsize)
+        layout = fragments if fragments.page_bytes <= page_bytes else plain
     if TARGETS[engine.target].ratio is None:  # fixed counts of raw dims, not the same in all layers
         counts = target_recipe(engine.fingerprint, engine.target, engine.geometry.page_size)
         page_bytes = max(page_sizes(replace(engine, recipe=counts), world, itemsize))

@@ -8,31 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from fourier_vllm.engine.plan import Cells, DecodeStep, StepPlan
+from fourier_vllm.engine.cells import load, load_blocks, store
+from fourier_vllm.engine.plan import DecodeStep, StepPlan
 from fourier_vllm.kernels.cpu import decode as decode_cpu
 from fourier_vllm.kernels.reference import PageCodec
 from fourier_vllm.kernels.reference_attention import decode_attention, prefill_attention
-
-
-def store(local: torch.Tensor, cells: Cells, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Write `k, v [n, H, D]` into `local [blocks, H, block_size, 2 * D]`."""
-    local[cells.block, :, cells.offset] = torch.cat([k, v], -1).to(local.dtype)
-
-
-def load(local: torch.Tensor, cells: Cells) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of `cells [...]`, each `[..., H, D]`."""
-    k, v = local[cells.block, :, cells.offset].chunk(2, -1)
-    return k, v
-
-
-def load_blocks(local: torch.Tensor, block: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """K and V of whole blocks `[N, B]`, `[N, H, B * block_size, 2 * D]` float32, zero outside `mask`.
-
-    What is not read may be anything, NaN included, and NaN times a weight of zero is NaN.
-    """
-    raw = local.index_select(0, block.flatten()).unflatten(0, block.shape)
-    raw = raw.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).flatten(2, 3)
-    return raw.masked_fill_(~mask[:, None, :, None], 0.0)
 
 
 def run_step(
@@ -75,6 +55,7 @@ def run_step(
         out = attend(codec, plan.decode, q, pages, local, scale, sink_tokens)
         output[plan.decode.query] = out.flatten(1, 2).to(output.dtype)
     for p in plan.prefill:
+        assert p.cells is not None
         k_raw, v_raw = load(local, p.cells)
         k_page, v_page = (x.flatten(0, 1) for x in codec.reconstruct(pages.index_select(0, p.page)))
         k_context = torch.cat([k_page[p.num_skipped :].to(k_raw.dtype), k_raw])

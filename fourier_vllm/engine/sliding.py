@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from fourier_vllm.engine.cells import load, store
 from fourier_vllm.engine.metadata import FourierMetadata
 from fourier_vllm.engine.plan import Cells
-from fourier_vllm.engine.reference_path import load, store
 from fourier_vllm.kernels.reference_attention import prefill_attention
 
 

@@ -1,0 +1,77 @@
+"""The table of docs/performance.md, from benchmarks/results/decode.json.
+
+    python benchmarks/tables.py [--write]
+
+Prints it; `--write` puts it between the markers of the page instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- decode table -->", "<!-- end -->"
+COLUMNS = (
+    "shape", "recipe", "batch", "context", "floor", "ours (spread)", "of copy bandwidth", "GB/s",
+    "FA3 bf16", "FA3 fp8", "TurboQuant", "ours / FA3 bf16",
+)  # fmt: skip
+NUM_NAMES = 2  # columns of text; the others are numbers
+
+
+def microseconds(x: float | None) -> str:
+    if x is None:
+        return ""
+    return f"{x:.1f}" if x < 10 else f"{x:,.0f}"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A line of the table, as `COLUMNS` says."""
+    ours, bf16 = row["ours_us"], row["fa3_bf16_us"]
+    # Pages alone cannot take longer than the step they are part of: that run was disturbed.
+    mark = " *" if row["pages_us"] > ours else ""
+    return [
+        row["shape"],
+        row["recipe"],
+        str(row["batch"]),
+        f"{row['context']:,}",
+        microseconds(row["floor_us"]),
+        f"{microseconds(ours)} ({microseconds(row['spread_us'])})",
+        f"{row['share_of_bandwidth']:.0%}".replace("%", " %") + mark,
+        f"{row['gb_per_s']:,.0f}" + mark,
+        *(microseconds(row[f"{name}_us"]) for name in ("fa3_bf16", "fa3_fp8", "turboquant")),
+        "" if bf16 is None else f"{ours / bf16:.2f}",
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    shapes, recipes = (list(dict.fromkeys(row[x] for row in rows)) for x in ("shape", "recipe"))
+
+    def place(row: dict[str, Any]) -> tuple[int, ...]:
+        where = shapes.index(row["shape"]), recipes.index(row["recipe"])
+        return *where, row["batch"], row["context"]
+
+    rows = sorted(rows, key=place)
+    rules = ["---"] * NUM_NAMES + ["---:"] * (len(COLUMNS) - NUM_NAMES)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [COLUMNS, rules, *map(cells, rows)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/decode.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/performance.md")
+    parser.add_argument("--write", action="store_true", help="into the page, between its markers")
+    args = parser.parse_args()
+    made = table(json.loads(args.results.read_text()))
+    if not args.write:
+        print(made)
+        return
+    before, rest = args.page.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    args.page.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

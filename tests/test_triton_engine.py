@@ -1,0 +1,154 @@
+"""The engine's GPU path, its kernels interpreted or compiled, against the reference path, step by step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fourier_vllm.engine import reference_path
+from fourier_vllm.engine.metadata import FourierMetadata
+from fourier_vllm.engine.plan import Window
+from tests.numerics import assert_close
+from tests.test_reference import codec_of
+from tests.triton_kernels import DEVICE, needs_triton
+
+pytestmark = needs_triton
+
+H, G, D, W, BLOCK, LENGTH = 2, 2, 32, 64, 16, 320
+WINDOWED = Window(
+    page_size=W, local_window=80, sink_tokens=20, block_size=BLOCK, exact_prefill=False
+)
+EXACT = replace(WINDOWED, exact_prefill=True)
+
+
+class Steps:
+    """Requests that run through both paths; every position has a block of its own."""
+
+    def __init__(self, recipe: str, window: Window, num_requests: int, fragments: bool):
+        from vllm.v1.worker.workspace import init_workspace_manager, reset_workspace_manager
+
+        from fourier_vllm.engine.gpu_path import GpuPath
+
+        reset_workspace_manager()
+        init_workspace_manager(torch.device(DEVICE))
+        codec = codec_of(recipe, H, D, W, "float32", fragments)
+        self.codec, self.window = (
+            reference_path.PageCodec(codec.layout, torch.float32, DEVICE),
+            window,
+        )
+        self.path = GpuPath(
+            self.codec, window, H * G, D**-0.5, torch.device(DEVICE), LENGTH, num_requests
+        )
+        rng = torch.Generator().manual_seed(0)
+        B = num_requests
+        ids = torch.randperm(B * LENGTH // BLOCK, generator=rng).view(B, -1).int() + 1
+        self.local_table = ids.to(DEVICE)
+        pages = torch.randperm(B * LENGTH // W, generator=rng).view(B, -1).int() + 1
+        self.page_table = pages.to(DEVICE)
+        size = codec.layout.page_bytes + 256
+        self.pages = torch.full((B * LENGTH // W + 1, size), 0xFF, dtype=torch.uint8, device=DEVICE)
+        self.local = torch.full((int(ids.max()) + 1, H, BLOCK, 2 * D), torch.nan, device=DEVICE)
+        self.lens = [0] * B
+        self.rng = rng
+
+    def metadata(self, table, slots, starts, lens, prefilling) -> FourierMetadata:
+        int32 = dict(dtype=torch.int32)
+        return FourierMetadata(
+            query_start_loc=torch.tensor(starts, **int32).to(DEVICE),
+            seq_lens=torch.tensor(lens, **int32).to(DEVICE),
+            is_prefilling=torch.tensor(prefilling),
+            block_table=table,
+            slot_mapping=slots,
+            query_start_loc_cpu=torch.tensor(starts, **int32),
+            seq_lens_cpu=torch.tensor(lens, **int32),
+            is_prefilling_cpu=torch.tensor(prefilling),
+        )
+
+    def __call__(self, *work: tuple[int, int, bool]) -> None:
+        """One step: requests, their query tokens, and whether they are prefilled; decodes first."""
+        rows = torch.tensor([b for b, _, _ in work], device=DEVICE)
+        starts, lens, cells = [0], [], []
+        for b, n, _ in work:
+            positions = torch.arange(self.lens[b], self.lens[b] + n)
+            block = self.local_table[b].cpu()[positions // BLOCK].long()
+            cells.append(torch.where(block > 0, block * BLOCK + positions % BLOCK, -1))
+            self.lens[b] += n
+            starts.append(starts[-1] + n)
+            lens.append(self.lens[b])
+        slots = torch.cat(cells).to(DEVICE)
+        prefilling = [p for _, _, p in work]
+        pages, local = (
+            self.metadata(table[rows], slots, starts, lens, prefilling)
+            for table in (self.page_table, self.local_table)
+        )
+        T = starts[-1]
+        q = torch.randn(T, H * G, D, generator=self.rng).to(DEVICE)
+        k, v = (torch.randn(T, H, D, generator=self.rng).to(DEVICE) for _ in range(2))
+        out, expected = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
+        before = self.local.clone()
+        self.path.run(pages, local, q, k, v, self.pages, self.local, out)
+        # Attention over the pages that the kernels sealed: sealing has tests of its own.
+        pages._plans.clear()
+        plan = replace(pages.plan(local, self.window), seal=None)
+        reference_path.run_step(
+            self.codec,
+            plan,
+            q,
+            k,
+            v,
+            self.pages,
+            before,
+            D**-0.5,
+            self.window.sink_tokens,
+            expected,
+        )
+        assert torch.equal(before.nan_to_num(), self.local.nan_to_num())
+        assert_close("out", expected.double(), out, 2e-3)
+
+
+@pytest.fixture(autouse=True)
+def on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The compiled CPU decode reads plain order only.
+    monkeypatch.setattr(reference_path, "_decode_on_cpu", reference_path._decode)
+    # vLLM's workspace grows on accelerators only.
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+
+
+@pytest.mark.parametrize("window", [WINDOWED, EXACT])
+@pytest.mark.parametrize(("recipe", "fragments"), [("coded-2", True), ("lossless", False)])
+def test_prompts_in_chunks_beside_decodes(recipe: str, fragments: bool, window: Window) -> None:
+    step = Steps(recipe, window, 3, fragments)
+    step((0, 30, True), (1, 70, True))
+    step((0, 1, False), (1, 100, True), (2, 5, True))
+    step((0, 1, False), (2, 1, False), (1, 30, True))
+    for _ in range(3):
+        step((0, 1, False), (1, 1, False), (2, 1, False))
+
+
+def test_tokens_whose_raw_blocks_are_gone() -> None:
+    step = Steps("coded-3", WINDOWED, 2, True)
+    step((0, 200, True), (1, 150, True))
+    step.local_table[0, 2:8] = 0
+    step((1, 1, False), (0, 20, True))
+    step((0, 1, False), (1, 1, False))
+
+
+def test_padding_rows_write_nothing() -> None:
+    step = Steps("coded-2", WINDOWED, 2, True)
+    step((0, 63, True))
+    before = step.pages.clone(), step.local.clone()
+    slots = torch.tensor([-1, -1], device=DEVICE)
+    pages, local = (
+        step.metadata(torch.zeros_like(table), slots, [0, 1, 2], [0, 0], [False, False])
+        for table in (step.page_table, step.local_table)
+    )
+    q = torch.randn(2, H * G, D, device=DEVICE)
+    k, v = (torch.randn(2, H, D, device=DEVICE) for _ in range(2))
+    out = torch.full_like(q, torch.nan)
+    step.path.run(pages, local, q, k, v, step.pages, step.local, out)
+    assert torch.equal(before[0], step.pages)
+    assert torch.equal(before[1].nan_to_num(), step.local.nan_to_num())
+    assert out.isfinite().all()
