@@ -176,11 +176,12 @@ class ChannelPlanes:
 
     def places(self, head_size: int) -> list[int]:
         """Where in `codes` those columns are."""
-        heads = [self.coded_dims[i] // head_size for i, _ in self.columns()]
-        first = [
-            heads.index(head) if head in heads else 0 for head in range(len(self.column_starts))
-        ]
-        return [self.column_starts[head] + n - first[head] for n, head in enumerate(heads)]
+        free, places = list(self.column_starts), []
+        for i, _ in self.columns():
+            head = self.coded_dims[i] // head_size
+            places.append(free[head])
+            free[head] += 1
+        return places
 
     def planes(self) -> Iterator[Plane]:
         yield self.coef

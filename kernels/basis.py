@@ -24,6 +24,11 @@ def dct_basis(page_size: int, coefficients: int) -> torch.Tensor:
     return basis
 
 
+def fragment_basis(page_size: int, coefficients: int) -> torch.Tensor:
+    """The rows of `dct_basis` from the second on, rounded to fp16: what fragment order is made with."""
+    return dct_basis(page_size, coefficients)[1:].half()
+
+
 @lru_cache
 def rotation(head_size: int) -> torch.Tensor:
     """Orthonormal rotation that spreads a value vector evenly over its dims.

@@ -87,6 +87,12 @@ def quantize(
     return codes.byte(), scale, zero
 
 
+def quantize_coefficients(coef: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of coefficients `[..., D]` as whole numbers of 8 bits, and their fp16 scales `[...]`."""
+    scale = (coef.abs().amax(-1) / 127).clamp_max(FP16_MAX).half()
+    return (coef / step_of(scale)).round().clamp(-127, 127), scale
+
+
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     """Inverse of `quantize` to its rounding, float32."""
     return codes * scale.float()[..., None] + zero.float()[..., None]
@@ -129,8 +135,7 @@ class ChannelCodec:
         coef[:, self.raw] = 0.0
         coef = coef.view(P, H, D, m).transpose(2, 3)  # [P, H, m, D]
         if planes.coef_scale is not None:
-            scale = (coef.abs().amax(-1) / 127).clamp_max(FP16_MAX).half()
-            coef = (coef / step_of(scale)).round().clamp(-127, 127)
+            coef, scale = quantize_coefficients(coef)
             read_plane(pages, planes.coef_scale, torch.float16)[:] = scale
         else:  # the first coefficient is up to sqrt(W) times the largest value
             limit = torch.finfo(self.dtype).max

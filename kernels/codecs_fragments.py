@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from fourier_vllm.kernels.basis import dct_basis
+from fourier_vllm.kernels.basis import fragment_basis
 from fourier_vllm.kernels.codecs import (
     FP16_MAX,
     ChannelCodec,
     TokenCodec,
     pack,
     quantize,
+    quantize_coefficients,
     read_plane,
-    step_of,
     unpack,
 )
 from fourier_vllm.page import COLUMN_GROUP, ChannelPlanes, PageLayout, TokenPlanes
@@ -70,7 +70,7 @@ class FragmentChannelCodec(ChannelCodec):
         super().__init__(planes, layout, dtype, device)
         W, m = layout.page_size, layout.coefficients
         # What the tensor cores multiply with: its rounding is part of the format.
-        rows = dct_basis(W, m)[1:].half().float()
+        rows = fragment_basis(W, m).float()
         self.basis = torch.cat([torch.ones(1, W, dtype=torch.float32), rows]).to(device)
         self.places = torch.tensor(
             planes.places(layout.head_size), dtype=torch.long, device=device
@@ -85,19 +85,17 @@ class FragmentChannelCodec(ChannelCodec):
         y = x.permute(0, 2, 3, 1).reshape(P, H * D, W)
         assert planes.coef_scale is not None
         coef = (y @ self.basis[1:].T).view(P, H, D, -1).transpose(2, 3)  # [P, H, m - 1, D]
-        scale = (coef.abs().amax(-1) / 127).clamp_max(FP16_MAX).half()
-        coef = (coef / step_of(scale)).round().clamp(-127, 127)
+        coef, scale = quantize_coefficients(coef)
         read_plane(pages, planes.coef_scale, torch.float16)[:] = scale
         read_plane(pages, planes.coef, torch.uint8)[:] = swap((coef + BIAS).byte())
         low = (coef * scale.float()[..., None]).transpose(2, 3).reshape(P, H * D, -1)
         rest = y - low @ self.basis[1:]
         zero = rest.mean(-1) if self.layout.coefficients else torch.zeros_like(rest[..., 0])
-        codes, scale, zero[:, self.coded] = _quantize(
-            rest[:, self.coded], self.bits, self.max_scale
-        )
+        codes, scale, low = quantize(rest[:, self.coded], self.bits, max_scale=self.max_scale)
+        zero[:, self.coded] = low.float()
         zeros = zero.clamp(-FP16_MAX, FP16_MAX).view(P, H, D)
         read_plane(pages, planes.zero, torch.float16)[:] = zeros.half()
-        weight = scale[:, self.column_coded] * self.column_weight
+        weight = scale[:, self.column_coded].float() * self.column_weight
         read_plane(pages, planes.scale, torch.float16)[:, self.places] = weight.half()
         columns = codes[:, self.column_coded] >> (2 * self.column_level).byte()[:, None]
         padded = codes.new_zeros(P, *planes.codes.shape)
@@ -120,14 +118,6 @@ class FragmentChannelCodec(ChannelCodec):
     def _columns(self, pages: torch.Tensor) -> torch.Tensor:
         packed = columns_from_fragments(read_plane(pages, self.planes.codes, torch.uint8))
         return unpack(packed[:, self.places], 2, dim=-1)
-
-
-def _quantize(
-    x: torch.Tensor, bits: torch.Tensor, max_scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scale and zero (float32, rounded to fp16) of runs `[P, C, W]`."""
-    codes, scale, zero = quantize(x, bits, max_scale=max_scale)
-    return codes, scale.float(), zero.float()
 
 
 class FragmentTokenCodec(TokenCodec):

@@ -19,7 +19,7 @@ from fourier_vllm.kernels.page_attention import (
     spectral_scores,
     token_values,
 )
-from fourier_vllm.kernels.split import LOG2_E, TL_DTYPES, first_raw, query_rows
+from fourier_vllm.kernels.split import LOG2_E, TL_DTYPES, first_raw, query_rows, store_part
 from fourier_vllm.kernels.tables import MIN_ROWS, Tables, next_power_of_2
 
 
@@ -114,13 +114,9 @@ def pages_kernel(
                 p_v_raw_start, p_v_raw_dim, ov_coef, ov_coef_scale, ov_raw, ov_codes, ov_scale,
                 ov_zero, M, MC, D, BD, QW, BN, V_SMALL, V_CODES, V_RAW, DTYPE,
             )  # fmt: skip
-    b_sum = tl.sum(b_sums, 0)
-    b_some = tl.where(b_sum > 0, b_sum, 1.0)
-    b_acc = (b_acc + tl.sum(b_zeros, 0)[None, :]) / b_some[None, :]
-    o_o = ((start + o_t).to(tl.int64) * (H * G) + o_g) * num_splits + i_s
-    tl.store(p_acc + o_o[None, :] * D + o_d[:, None], b_acc, mask=m_q)
-    b_lse = tl.where(b_sum > 0, b_max + tl.log2(b_some), -float("inf"))
-    tl.store(p_lse + o_o, b_lse, mask=m_row)
+    b_acc += tl.sum(b_zeros, 0)[None, :]
+    i_row = (start + o_t).to(tl.int64) * (H * G) + o_g
+    store_part(p_acc, p_lse, b_acc, b_max, tl.sum(b_sums, 0), i_row, m_row, i_s, num_splits, D, BD)
 
 
 def attend_pages(

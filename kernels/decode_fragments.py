@@ -30,7 +30,7 @@ from fourier_vllm.kernels.fragments import (
     zero_operand,
 )
 from fourier_vllm.kernels.query_columns import query_columns
-from fourier_vllm.kernels.split import LOG2_E, first_raw, query_rows
+from fourier_vllm.kernels.split import LOG2_E, first_raw, query_rows, store_part
 from fourier_vllm.kernels.tables import MIN_ROWS, Tables, next_power_of_2
 
 
@@ -240,15 +240,9 @@ def fragment_pages_kernel(
         if V_BITS == 3:
             b_w = load_rows(p_words, (ov_high + i_h * (W * D // 8)) // 4, D // 2, BD // 2, W, EH)
             b_acc = add_high(b_acc, b_w, b_p0, b_p1, b_p2, b_p3, BD, W, EH)
-    b_sum = tl.sum(b_sums, 0)
-    b_some = tl.where(b_sum > 0, b_sum, 1.0)
-    b_acc = (b_acc * UNIT + tl.sum(b_zeros, 0)[None, :]) / b_some[None, :]
-    o_d = tl.arange(0, BD)
-    m_o = (o_d < D)[:, None] & m_row[None, :]
-    o_o = ((start + o_t).to(tl.int64) * (H * G) + o_g) * num_splits + i_s
-    tl.store(p_acc + o_o[None, :] * D + o_d[:, None], b_acc, mask=m_o)
-    b_lse = tl.where(b_sum > 0, b_max + tl.log2(b_some), -float("inf"))
-    tl.store(p_lse + o_o, b_lse, mask=m_row)
+    b_acc = b_acc * UNIT + tl.sum(b_zeros, 0)[None, :]
+    i_row = (start + o_t).to(tl.int64) * (H * G) + o_g
+    store_part(p_acc, p_lse, b_acc, b_max, tl.sum(b_sums, 0), i_row, m_row, i_s, num_splits, D, BD)
 
 
 def attend_fragment_pages(
@@ -275,11 +269,10 @@ def attend_fragment_pages(
     H, W = layout.num_kv_heads, layout.page_size
     G, B = Hq // H, len(num_pages)
     rows = max_query_len * G
-    BM = MIN_ROWS
     query_columns(tables, q, sm_scale, columns)
     ok_coef, ok_coef_scale, _, *ok_rest = k.offsets
     *_, ov_codes, ov_scale, ov_zero, ov_high = tables.v_offsets
-    fragment_pages_kernel[(triton.cdiv(rows, BM) * splits, H, B)](
+    fragment_pages_kernel[(triton.cdiv(rows, MIN_ROWS) * splits, H, B)](
         q, columns.view(torch.int32), pages, page_table, num_pages,
         num_pages if gap_pages is None else gap_pages,
         num_pages if seq_lens is None else seq_lens,
@@ -287,7 +280,7 @@ def attend_fragment_pages(
         ok_coef, ok_coef_scale, *ok_rest, ov_codes, ov_scale, ov_zero, ov_high,
         q.stride(0), tables.num_columns // 2, pages.stride(0), page_table.stride(0),
         sm_scale * LOG2_E, sink_tokens, local_window, max(layout.coefficients - 1, 0), acc.shape[2],
-        H=H, G=G, D=D, BD=max(64, next_power_of_2(D)), W=W, BM=BM, NT=4, SPLITS=splits,
+        H=H, G=G, D=D, BD=max(64, next_power_of_2(D)), W=W, BM=MIN_ROWS, NT=4, SPLITS=splits,
         CAUSAL=seq_lens is not None, MANY=max_query_len > 1, V_BITS=tables.v_bits,
         EV=run_of(D // 8), EH=run_of(D // 16),
         ASM=q.is_cuda and torch.version.hip is None, num_warps=1, num_stages=1,

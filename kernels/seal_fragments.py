@@ -6,20 +6,20 @@ import triton
 import triton.language as tl
 
 from fourier_vllm.kernels.page_attention import FP16_MAX
-from fourier_vllm.kernels.rounding import round_half_up, step_of, store_fp16, to_fp16
+from fourier_vllm.kernels.rounding import (
+    eight_bits,
+    range_of_tokens,
+    step_of,
+    store_fp16,
+    sum_of_shifted,
+    to_fp16,
+)
 
 
 @triton.jit
 def swapped(o_x):
     """Where numbers 0, 1, 2, 3 of every four lie."""
     return o_x // 4 * 4 + o_x % 2 * 2 + o_x % 4 // 2
-
-
-@triton.jit
-def sum_of_shifted(b_x, N: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
-    """Runs of rows of `[ROWS, BD]` on top of each other, `BITS` apart, `[ROWS / N, BD]`."""
-    b_runs = tl.reshape(b_x, (N, ROWS // N, BD))
-    return tl.sum(b_runs << (tl.arange(0, N) * BITS)[:, None, None], 0)
 
 
 @triton.jit
@@ -62,8 +62,7 @@ def seal_columns(
         b_e = tl.load(p_basis + i_j * W + o_w)
         # Of what the terms before have left: they are orthogonal, but for their rounding.
         b_c = tl.sum(b_e[:, None] * b_x, 0)
-        scale = tl.minimum(tl.max(tl.abs(b_c), 0) / 127, FP16_MAX).to(tl.float16)
-        b_c = tl.minimum(tl.maximum(round_half_up(b_c / step_of(scale)), -127.0), 127.0)
+        b_c, scale = eight_bits(b_c)
         o_c = (i_h * M + i_j) * D + swapped(o_d)
         tl.store(p_page + o_coef + o_c, (b_c + 128).to(tl.uint8), mask=m_d)
         p_scale = (p_page + o_coef_scale).to(tl.pointer_type(tl.float16))
@@ -129,13 +128,7 @@ def seal_rotated(
 ):  # fmt: skip
     """Write rotated tokens `b_x [64, BD]`, run `i_k` of 16 of each slice, rows as `token_of_row` says."""
     QW: tl.constexpr = W // 4
-    m_d = (tl.arange(0, BD) < D)[None, :]
-    b_low = tl.min(tl.where(m_d, b_x, float("inf")), 1)
-    b_high = tl.max(tl.where(m_d, b_x, -float("inf")), 1)
-    b_cut = (b_high - b_low) * ((1.0 - SHARE) / 2)
-    b_zero = to_fp16(b_low + b_cut)
-    b_scale = (b_high - b_cut - b_zero.to(tl.float32)) / ((1 << BITS) - 1)
-    b_scale = to_fp16(tl.maximum(b_scale, 0.0))
+    b_zero, b_scale = range_of_tokens(b_x, BITS, SHARE, D, BD)
     o_r = tl.arange(0, 64)
     i_n, o_j = token_of_row(o_r, i_k, W)
     o_w = i_h * W + o_j % 8 * (W // 8) + i_n * (W // 32) + o_j // 8

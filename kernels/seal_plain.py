@@ -6,15 +6,22 @@ import triton
 import triton.language as tl
 
 from fourier_vllm.kernels.page_attention import FP16_MAX
-from fourier_vllm.kernels.rounding import round_half_up, step_of, store_fp16, to_fp16
+from fourier_vllm.kernels.rounding import (
+    eight_bits,
+    range_of_tokens,
+    round_half_up,
+    step_of,
+    store_fp16,
+    sum_of_shifted,
+    to_fp16,
+)
 
 
 @triton.jit
 def packed(b_codes, BITS: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
     """Codes `[ROWS, BD]` of 1 or 2 bits to bytes `[ROWS * BITS / 8, BD]`, runs of rows side by side."""
     N: tl.constexpr = 8 // BITS
-    b_runs = tl.reshape(b_codes, (N, ROWS // N, BD))
-    return tl.sum(b_runs << (tl.arange(0, N) * BITS)[:, None, None], 0).to(tl.uint8)
+    return sum_of_shifted(b_codes, N, BITS, ROWS, BD).to(tl.uint8)
 
 
 @triton.jit
@@ -39,8 +46,7 @@ def seal_channel(
         b_c = tl.where(b_bits == 16, 0.0, tl.sum(b_e[:, None] * b_x, 0))
         o_c = (i_h * M + i_j) * D + o_d
         if SMALL:
-            scale = tl.minimum(tl.max(tl.abs(b_c), 0) / 127, FP16_MAX).to(tl.float16)
-            b_c = tl.minimum(tl.maximum(round_half_up(b_c / step_of(scale)), -127.0), 127.0)
+            b_c, scale = eight_bits(b_c)
             tl.store(
                 (p_page + o_coef).to(tl.pointer_type(tl.int8)) + o_c, b_c.to(tl.int8), mask=m_d
             )
@@ -82,12 +88,7 @@ def seal_tokens(
     """Write rotated tokens `o_w [8 * ET]` of a page: `ET` from `i_e` on of each eighth."""
     o_d = tl.arange(0, BD)
     m_d = (o_d < D)[None, :]
-    b_low = tl.min(tl.where(m_d, b_x, float("inf")), 1)
-    b_high = tl.max(tl.where(m_d, b_x, -float("inf")), 1)
-    b_cut = (b_high - b_low) * ((1.0 - SHARE) / 2)
-    b_zero = to_fp16(b_low + b_cut)
-    b_scale = (b_high - b_cut - b_zero.to(tl.float32)) / ((1 << BITS) - 1)
-    b_scale = to_fp16(tl.maximum(b_scale, 0.0))
+    b_zero, b_scale = range_of_tokens(b_x, BITS, SHARE, D, BD)
     store_fp16(p_page + o_scale, i_h * W + o_w, b_scale, o_w < W)
     store_fp16(p_page + o_zero, i_h * W + o_w, b_zero, o_w < W)
     b_codes = round_half_up((b_x - b_zero.to(tl.float32)[:, None]) / step_of(b_scale)[:, None])

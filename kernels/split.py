@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +32,21 @@ def query_rows(p_query_start, i_b, i_h, i_m, G: tl.constexpr, BM: tl.constexpr):
     return start, num_queries, o_m // G, i_h * G + o_m % G, o_m < num_queries * G
 
 
+@triton.jit
+def store_part(
+    p_acc, p_lse, b_acc, b_max, b_sum, i_row, m_row, i_s, num_splits, D: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Write part `i_s` of rows `i_row [BM]`: sums `[BD, BM]` normalised, and base-2 log-sum-exps."""
+    b_some = tl.where(b_sum > 0, b_sum, 1.0)
+    o_d = tl.arange(0, BD)
+    o_o = i_row * num_splits + i_s
+    m_o = (o_d < D)[:, None] & m_row[None, :]
+    tl.store(p_acc + o_o[None, :] * D + o_d[:, None], b_acc / b_some[None, :], mask=m_o)
+    b_lse = tl.where(b_sum > 0, b_max + tl.log2(b_some), -float("inf"))
+    tl.store(p_lse + o_o, b_lse, mask=m_row)
+
+
+@cache
 def num_splits(batch: int, num_kv_heads: int, max_pages: int, num_sms: int) -> int:
     """Shares of the pages that keep the GPU busy: programs are warps, and registers hold 8 a SM."""
     slots, pairs = 8 * num_sms, batch * num_kv_heads

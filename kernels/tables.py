@@ -8,7 +8,7 @@ from operator import sub
 import torch
 from torch import Tensor
 
-from fourier_vllm.kernels.basis import dct_basis, rotation
+from fourier_vllm.kernels.basis import dct_basis, fragment_basis, rotation
 from fourier_vllm.page import (
     COLUMN_GROUP,
     ChannelPlanes,
@@ -40,7 +40,7 @@ def basis_fragments(W: int, m: int) -> Tensor:
     Word `[n, g, t, r]` holds rows 2t and 2t + 1 of token n W/4 + 8r + g.
     """
     rows = torch.zeros(8, W, dtype=torch.float32)
-    rows[: max(m - 1, 0)], rows[7] = dct_basis(W, m)[1:], 1.0
+    rows[: max(m - 1, 0)], rows[7] = fragment_basis(W, m), 1.0
     words = rows.half().view(4, 2, 4, W // 32, 8).permute(2, 4, 0, 3, 1)  # n g t r pair
     return words.contiguous().view(torch.int32).flatten()
 
@@ -194,7 +194,7 @@ class Tables:
         k, starts = ChannelTables.build(layout.k, layout, device), layout.k.column_starts
         basis = torch.zeros(next_power_of_2(m), W, dtype=torch.float32)
         if layout.fragments:
-            basis[: max(m - 1, 0)] = dct_basis(W, m)[1:].half()
+            basis[: max(m - 1, 0)] = fragment_basis(W, m)
         else:
             basis[:m] = dct_basis(W, m)
         turn = torch.zeros(next_power_of_2(D), next_power_of_2(D), dtype=torch.float32)

@@ -63,7 +63,6 @@ class Steps:
             slot_mapping=slots,
             query_start_loc_cpu=torch.tensor(starts, **int32),
             seq_lens_cpu=torch.tensor(lens, **int32),
-            is_prefilling_cpu=torch.tensor(prefilling),
         )
 
     def __call__(self, *work: tuple[int, int, bool]) -> None:

@@ -16,7 +16,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-from fourier_vllm.engine import sliding
+from fourier_vllm.engine import reference_path, sliding
 from fourier_vllm.engine.local_cache import SUFFIX, FourierLocalBackend, FourierLocalCache
 from fourier_vllm.engine.metadata import FourierMetadata
 from fourier_vllm.engine.model_weights import Ancestry, read_projections
@@ -30,6 +30,7 @@ from fourier_vllm.engine.recipes import (
 )
 from fourier_vllm.engine.refuse import WAY_OUT, check_config, check_layer
 from fourier_vllm.engine.specs import FourierLocalSpec, FourierPageSpec
+from fourier_vllm.kernels.cpu import decode as decode_cpu
 from fourier_vllm.kernels.reference import PageCodec
 from fourier_vllm.page import PAGE_ALIGNMENT
 
@@ -149,8 +150,6 @@ class FourierImpl(AttentionImpl):
         self.window = engine.window(engine.fingerprint.num_layers * layout.raw_bytes / pages_bytes)
         self.codec = PageCodec(layout, dtype, device)
         if device.type == "cpu":
-            from fourier_vllm.kernels.cpu import decode as decode_cpu
-
             decode_cpu.warm_up(self.codec, dtype)
         else:
             self.gpu = self._gpu_path(device)
@@ -232,8 +231,6 @@ class FourierImpl(AttentionImpl):
             local = self.local.kv_cache
             self.gpu.run(attn_metadata, local_metadata, query, key, value, pages, local, output)
             return output
-        from fourier_vllm.engine import reference_path
-
         reference_path.run_step(
             self.codec,
             attn_metadata.plan(local_metadata, self.window),

@@ -46,7 +46,7 @@ class GpuPath:
         self.window, self.num_heads, self.scale = window, num_heads, scale
         self.max_pages = max_model_len // window.page_size
         self.max_num_seqs = max_num_seqs
-        self.prefill = Prefill(codec, window, scale)
+        self.prefill = Prefill(codec, scale)
 
     def splits(self, batch: int) -> tuple[int, int]:
         """Parts of the pages and of the raw tokens."""
@@ -55,21 +55,24 @@ class GpuPath:
 
     def scratch(self, batch: int) -> list[torch.Tensor]:
         """Partial outputs, their log-sum-exps and queries by column, from vLLM's workspace."""
+        parts, heads = sum(self.splits(batch)), self.num_heads
+        acc, lse, columns = self._workspace(batch * parts, batch)
+        return [acc.view(batch, heads, parts, -1), lse.view(batch, heads, parts), columns]
+
+    def _workspace(self, num_parts: int, batch: int) -> list[torch.Tensor]:
         from vllm.v1.worker.workspace import current_workspace_manager
 
-        parts, heads = sum(self.splits(batch)), self.num_heads
         return current_workspace_manager().get_simultaneous(
-            ((batch, heads, parts, self.tables.layout.head_size), torch.float32),
-            ((batch, heads, parts), torch.float32),
-            ((batch, heads, self.tables.num_columns), torch.float16),
+            ((num_parts * self.num_heads, self.tables.layout.head_size), torch.float32),
+            ((num_parts * self.num_heads,), torch.float32),
+            ((batch, self.num_heads, self.tables.num_columns), torch.float16),
         )
 
     def reserve(self) -> None:
         """Ask for the most scratch that any step needs, while vLLM profiles memory."""
-        batches = {min(2**i, self.max_num_seqs) for i in range(self.max_num_seqs.bit_length() + 1)}
-        # Between powers of two the number of parts is at most that of the smaller one.
-        for batch in sorted({*batches, *(max(2 * b - 1, 1) for b in batches)}):
-            self.scratch(min(batch, self.max_num_seqs))
+        # A larger batch may be split into fewer parts: each tensor at its own largest.
+        parts = max(b * sum(self.splits(b)) for b in range(1, self.max_num_seqs + 1))
+        self._workspace(parts, self.max_num_seqs)
 
     def run(
         self,
@@ -86,7 +89,7 @@ class GpuPath:
         plan = metadata.once(
             local_metadata,
             self.window,
-            lambda: make_plan(self.window, metadata, local_metadata, self.prefill.reads_blocks),
+            lambda: make_plan(self.window, metadata, local_metadata, self.prefill.has_flash),
         )
         store(k, v, local, local_metadata.slot_mapping[: len(k)])
         seal(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -21,30 +22,30 @@ class GpuPlan:
         `[N]` int32, see `kernels.decode.attend_pages`.
     first_prefill : int
         First query token of the prefilled requests.
-    max_prefill : int
-        Query tokens of a prefilled request, at most.
-    fresh : bool
-        No prefilled request has tokens before this step.
-    raw : bool
-        All tokens of all prefilled requests are in the local cache, this step's included, and are
-        attended there.
+    prefill_starts : torch.Tensor
+        Where each of them begins behind it, and the end, int32.
+    max_prefill, max_seq_len : int
+        Query tokens, and tokens, of a prefilled request, at most.
+    at_once : str, optional
+        All prefilled requests are one call of FlashAttention: over keys in "flight", none having tokens
+        before this step, or over "blocks" of the local cache, which has all their tokens.
     prefill : list of PrefillStep
-        One a request, unless `fresh` or `raw`.
+        One a request otherwise.
     """
 
     num_decodes: int
     num_pages: torch.Tensor
     gap_pages: torch.Tensor
     first_prefill: int
-    max_prefill: int
-    max_seq_len: int
-    fresh: bool
-    raw: bool
-    prefill: list[PrefillStep]
+    prefill_starts: torch.Tensor
+    max_prefill: int = 0
+    max_seq_len: int = 0
+    at_once: Literal["flight", "blocks"] | None = None
+    prefill: list[PrefillStep] = field(default_factory=list)
 
 
 def make_plan(
-    window: Window, pages: FourierMetadata, local: FourierMetadata, reads_blocks: bool
+    window: Window, pages: FourierMetadata, local: FourierMetadata, has_flash: bool
 ) -> GpuPlan:
     """Plan a step of a layer.
 
@@ -52,13 +53,13 @@ def make_plan(
     ----------
     pages, local : FourierMetadata
         Of the two caches.
-    reads_blocks : bool
-        Prefill attention can read the local cache's blocks.
+    has_flash : bool
+        Prompts go through FlashAttention.
     """
     query_lens = pages.query_start_loc_cpu.diff()
     single = query_lens <= 1
-    if window.exact_prefill and pages.is_prefilling_cpu is not None:
-        single &= ~pages.is_prefilling_cpu
+    if window.exact_prefill:
+        single &= ~pages.is_prefilling
     num_decodes = int(single.int().cumprod(0).sum())
     num_pages, gap_pages = torch.empty(
         2, num_decodes, dtype=torch.int32, device=pages.seq_lens.device
@@ -75,19 +76,12 @@ def make_plan(
             num_pages,
             gap_pages,
         )
-    plan = GpuPlan(
-        num_decodes=num_decodes,
-        num_pages=num_pages,
-        gap_pages=gap_pages,
-        first_prefill=int(pages.query_start_loc_cpu[num_decodes]),
-        max_prefill=int(query_lens[num_decodes:].max()) if num_decodes < len(query_lens) else 0,
-        max_seq_len=0,
-        fresh=True,
-        raw=False,
-        prefill=[],
-    )
-    if plan.max_prefill:
-        _add_prefill(plan, window, pages, local, query_lens[num_decodes:], reads_blocks)
+    first = int(pages.query_start_loc_cpu[num_decodes])
+    starts = pages.query_start_loc[num_decodes:]
+    plan = GpuPlan(num_decodes, num_pages, gap_pages, first, starts)
+    if num_decodes < len(query_lens):
+        plan.prefill_starts = starts - first
+        _add_prefill(plan, window, pages, local, query_lens[num_decodes:], has_flash)
     return plan
 
 
@@ -97,26 +91,26 @@ def _add_prefill(
     pages: FourierMetadata,
     local: FourierMetadata,
     query_lens: torch.Tensor,
-    reads_blocks: bool,
+    has_flash: bool,
 ) -> None:
     rows = slice(plan.num_decodes, None)
     known = pages.seq_lens_cpu  # exact for requests that are prefilled
     seq_lens = (pages.seq_lens.cpu() if known is None else known)[rows]
     context = seq_lens - query_lens
-    plan.max_seq_len = int(seq_lens.max())
-    plan.fresh = not bool(context.any())
-    if plan.fresh:
-        return
-    device_lens = pages.seq_lens[rows] - pages.query_start_loc[plan.num_decodes :].diff()
-    starts = raw_starts(
-        window,
-        device_lens.long(),
-        torch.ones_like(device_lens, dtype=torch.bool),
-        local.block_table[rows],
-    ).tolist()
-    # Otherwise a chunk's tokens are stored only where they outlive it.
-    plan.raw = window.exact_prefill and reads_blocks and not any(starts)
-    if plan.raw:
+    plan.max_prefill, plan.max_seq_len = int(query_lens.max()), int(seq_lens.max())
+    starts = [0] * len(context)
+    if bool(context.any()):
+        lens = pages.seq_lens[rows] - plan.prefill_starts.diff()
+        table = local.block_table[rows]
+        starts = raw_starts(
+            window, lens.long(), torch.ones_like(lens, dtype=torch.bool), table
+        ).tolist()
+        # Otherwise a chunk's tokens are stored only where they outlive it.
+        has_blocks = window.exact_prefill and window.block_size % 16 == 0 and not any(starts)
+        plan.at_once = "blocks" if has_flash and has_blocks else None
+    elif has_flash:
+        plan.at_once = "flight"
+    if plan.at_once is not None:
         return
     begins = pages.query_start_loc_cpu[rows].tolist()
     for i, (begin, start, length) in enumerate(zip(begins, starts, context.tolist(), strict=False)):

@@ -25,11 +25,11 @@ class FourierMetadata(AttentionMetadata):
 
     Attributes
     ----------
-    query_start_loc, seq_lens, is_prefilling : torch.Tensor
-        `[N + 1]`, `[N]` (this step's tokens included), `[N]` bool.
+    query_start_loc, seq_lens : torch.Tensor
+        `[N + 1]`, `[N]` (this step's tokens included).
     block_table, slot_mapping : torch.Tensor
         `[N, blocks]`, `[T]`, of this group.
-    query_start_loc_cpu, seq_lens_cpu, is_prefilling_cpu : torch.Tensor
+    query_start_loc_cpu, seq_lens_cpu, is_prefilling : torch.Tensor
         What the host knows: `[N + 1]`; `[N]`, exact for requests that are prefilled; `[N]` bool.
     """
 
@@ -40,7 +40,6 @@ class FourierMetadata(AttentionMetadata):
     slot_mapping: torch.Tensor
     query_start_loc_cpu: torch.Tensor
     seq_lens_cpu: torch.Tensor | None
-    is_prefilling_cpu: torch.Tensor | None
     _plans: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, local: FourierMetadata, window: Window, make: Callable[[], Plan]) -> Plan:
@@ -102,7 +101,6 @@ class FourierMetadataBuilder(AttentionMetadataBuilder[FourierMetadata]):
             slot_mapping=common.slot_mapping,
             query_start_loc_cpu=common.query_start_loc_cpu[: N + 1],
             seq_lens_cpu=None if seq_lens_cpu is None else seq_lens_cpu[:N],
-            is_prefilling_cpu=is_prefilling[:N],
         )
         setattr(common, MADE, made)
         return made

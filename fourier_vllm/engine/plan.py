@@ -67,7 +67,7 @@ class PrefillStep:
     stop: int
     page: torch.Tensor  # [P]
     num_skipped: int  # sink tokens of the first page, read raw instead
-    cells: Cells | None  # [C]
+    cells: Cells  # [C]
 
 
 @dataclass

@@ -5,7 +5,6 @@ FlashAttention as vLLM ships it, where it has kernels for the GPU and dtype; els
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from vllm.logger import init_logger
 from fourier_vllm.engine.cells import load
 from fourier_vllm.engine.gpu_plan import GpuPlan
 from fourier_vllm.engine.metadata import FourierMetadata
-from fourier_vllm.engine.plan import PrefillStep, Window
+from fourier_vllm.engine.plan import PrefillStep
 from fourier_vllm.kernels.reference import PageCodec
 from fourier_vllm.kernels.reference_attention import prefill_attention
 
@@ -38,11 +37,11 @@ def flash_attention_version(head_size: int, dtype: torch.dtype) -> int | None:
 class Prefill:
     """Prefill attention of one layer."""
 
-    def __init__(self, codec: PageCodec, window: Window, scale: float) -> None:
-        self.codec, self.window, self.scale = codec, window, scale
+    def __init__(self, codec: PageCodec, scale: float) -> None:
+        self.codec, self.scale = codec, scale
         self.version = flash_attention_version(codec.layout.head_size, codec.k.dtype)
-        self.reads_blocks = self.version is not None and window.block_size % 16 == 0
-        if self.version is None:
+        self.has_flash = self.version is not None
+        if not self.has_flash:
             logger.warning_once(
                 "fourier: no FlashAttention for this GPU or dtype; prompts use PyTorch's attention."
             )
@@ -60,29 +59,23 @@ class Prefill:
         output: torch.Tensor,
     ) -> None:
         """Attend the requests after the first `plan.num_decodes`; tensors as in `GpuPath.run`."""
-        n, first = plan.num_decodes, plan.first_prefill
-        rows = slice(first, int(metadata.query_start_loc_cpu[-1]))
-        starts = metadata.query_start_loc[n:] - first
-        if self.version is not None and (plan.fresh or plan.raw):
-            given: dict[str, Any] = dict(cu_seqlens_k=starts)
-            k_all, v_all = k[rows], v[rows]
-            if plan.raw:
-                D = q.shape[-1]
-                k_all, v_all = local[..., :D].transpose(1, 2), local[..., D:].transpose(1, 2)
-                given = dict(
-                    seqused_k=metadata.seq_lens[n:], block_table=local_metadata.block_table[n:]
-                )
-            self._flash(q[rows], k_all, v_all, output[rows], starts, plan.max_prefill,
-                        plan.max_seq_len, **given)  # fmt: skip
+        if plan.at_once is None:
+            for step in plan.prefill:
+                self._attend(step, q, k, v, pages, local, output)
             return
-        for step in plan.prefill or self._steps(metadata, n):
-            self._attend(step, q, k, v, pages, local, output)
-
-    def _steps(self, metadata: FourierMetadata, first: int) -> list[PrefillStep]:
-        """Requests without tokens before this step."""
-        bounds = metadata.query_start_loc_cpu[first:].tolist()
-        empty = torch.empty(0, dtype=torch.long, device=metadata.seq_lens.device)
-        return [PrefillStep(a, b, empty, 0, None) for a, b in pairwise(bounds) if b > a]
+        n, starts = plan.num_decodes, plan.prefill_starts
+        rows = slice(plan.first_prefill, int(metadata.query_start_loc_cpu[-1]))
+        if plan.at_once == "flight":
+            k_all, v_all = k[rows], v[rows]
+            given: dict[str, Any] = dict(cu_seqlens_k=starts)
+        else:
+            k_all, v_all = (x.transpose(1, 2) for x in local.chunk(2, -1))
+            given = dict(
+                seqused_k=metadata.seq_lens[n:], block_table=local_metadata.block_table[n:]
+            )
+        self._flash(
+            q[rows], k_all, v_all, output[rows], starts, plan.max_prefill, plan.max_seq_len, **given
+        )
 
     def _flash(
         self,
@@ -124,7 +117,7 @@ class Prefill:
         """One request over its context, put together, and itself."""
         chunk = slice(step.start, step.stop)
         k_context, v_context = self._context(step, pages, local, k)
-        if self.version is None:
+        if not self.has_flash:
             output[chunk] = prefill_attention(
                 q[chunk], k_context, v_context, k[chunk], v[chunk], self.scale
             ).to(output.dtype)
@@ -147,9 +140,6 @@ class Prefill:
             ):
                 parts.append(x.flatten(0, 1)[skipped:].to(like.dtype))
             skipped = 0
-        if step.cells is not None:
-            for parts, x in zip((k_parts, v_parts), load(local, step.cells), strict=True):
-                parts.append(x.to(like.dtype))
-        if not k_parts:
-            return like[:0], like[:0]
+        for parts, x in zip((k_parts, v_parts), load(local, step.cells), strict=True):
+            parts.append(x.to(like.dtype))
         return torch.cat(k_parts), torch.cat(v_parts)

@@ -187,14 +187,14 @@ def layer_layout(
     )
     layout = plain = replace(engine, fragments=False).layout(bits, itemsize)
     page_bytes = page_bytes_for(plain, engine.target)
-    if engine.fragments and TARGETS[engine.target].ratio is not None:
+    if TARGETS[engine.target].ratio is None:  # fixed counts of raw dims, not the same in all layers
+        counts = target_recipe(engine.fingerprint, engine.target, engine.geometry.page_size)
+        page_bytes = max(page_sizes(replace(engine, recipe=counts), world, itemsize))
+    elif engine.fragments:
         # Bits were chosen to fill pages in plain order.
         page_bytes = align(int(page_bytes * FRAGMENT_ROOM), PAGE_ALIGNMENT)
         fragments = engine.layout(bits, itemsize)
         layout = fragments if fragments.page_bytes <= page_bytes else plain
-    if TARGETS[engine.target].ratio is None:  # fixed counts of raw dims, not the same in all layers
-        counts = target_recipe(engine.fingerprint, engine.target, engine.geometry.page_size)
-        page_bytes = max(page_sizes(replace(engine, recipe=counts), world, itemsize))
     return replace(layout, page_bytes=max(layout.page_bytes, page_bytes))
 
 

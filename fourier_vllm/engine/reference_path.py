@@ -55,7 +55,6 @@ def run_step(
         out = attend(codec, plan.decode, q, pages, local, scale, sink_tokens)
         output[plan.decode.query] = out.flatten(1, 2).to(output.dtype)
     for p in plan.prefill:
-        assert p.cells is not None
         k_raw, v_raw = load(local, p.cells)
         k_page, v_page = (x.flatten(0, 1) for x in codec.reconstruct(pages.index_select(0, p.page)))
         k_context = torch.cat([k_page[p.num_skipped :].to(k_raw.dtype), k_raw])
