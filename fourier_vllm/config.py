@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fourier_vllm.recipe import Recipe
 
 PREFILLS = ("windowed", "exact")
+PROMPT_ATTENTIONS = ("auto", "flash", "xformers", "torch")
 LOCAL_BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 WINDOW_MIN, WINDOW_MAX, WINDOW_STEP = 16, 65536, 16
 ORIGIN = "additional_config fourier"
@@ -84,6 +85,11 @@ class FourierConfig:
         ", ".join(PREFILLS),
         "Whether prompt tokens read sealed pages beyond the window, or exact K and V.",
     )
+    prompt_attention: str = _option(
+        "auto",
+        ", ".join(PROMPT_ATTENTIONS),
+        "Whose kernels attend prompts on a GPU; auto takes the first of these that runs.",
+    )
     page_size: int | None = _option(
         None, "32, 64, 128, 256", "Tokens of a sealed page.", shown=_else(DEFAULT_PAGE_SIZE)
     )
@@ -106,6 +112,7 @@ class FourierConfig:
     def __post_init__(self) -> None:
         _choice("target", self.target, tuple(TARGETS))
         _choice("prefill", self.prefill, PREFILLS)
+        _choice("prompt_attention", self.prompt_attention, PROMPT_ATTENTIONS)
         path, page, window = self.recipe, self.page_size, self.local_window
         if path is not None and (not isinstance(path, str) or not path.strip()):
             _refuse(

@@ -23,7 +23,7 @@ from fourier_vllm.kernels.split import LOG2_E, TL_DTYPES, first_raw, query_rows,
 from fourier_vllm.kernels.tables import MIN_ROWS, Tables, next_power_of_2
 
 
-@triton.jit(do_not_specialize=["S", "L", "M", "num_splits"])
+@triton.jit(do_not_specialize=["S", "L", "M", "splits", "num_splits"])
 def pages_kernel(
     p_q, p_pages, p_page_table, p_num_pages, p_gap_pages, p_seq_lens, p_query_start, p_acc, p_lse,
     p_basis,
@@ -31,16 +31,16 @@ def pages_kernel(
     p_v_column_start, p_v_column_dim, p_v_column_coded, p_v_column_level, p_v_raw_start, p_v_raw_dim,
     ok_coef, ok_coef_scale, ok_raw, ok_codes, ok_scale, ok_zero,
     ov_coef, ov_coef_scale, ov_raw, ov_codes, ov_scale, ov_zero, ov_high,
-    stride_q, stride_page, stride_table, q_scale, S, L, M, num_splits,
+    stride_q, stride_page, stride_table, q_scale, S, L, M, splits, num_splits,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr,
-    MC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+    MC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, V_BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
     K_SMALL: tl.constexpr, K_CODES: tl.constexpr, K_RAW: tl.constexpr,
     V_SMALL: tl.constexpr, V_CODES: tl.constexpr, V_RAW: tl.constexpr,
 ):  # fmt: skip
     QW: tl.constexpr = W // 4
     i_h, i_b = tl.program_id(1), tl.program_id(2)
-    i_m, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    i_m, i_s = tl.program_id(0) // splits, tl.program_id(0) % splits
     start, num_queries, o_t, o_g, m_row = query_rows(p_query_start, i_b, i_h, i_m, G, BM)
     if i_m * BM >= num_queries * G:
         return
@@ -55,7 +55,7 @@ def pages_kernel(
     if CAUSAL:
         b_n = tl.load(p_seq_lens + i_b) - num_queries + 1 + o_t
         b_end = first_raw(b_n, num_pages, tl.load(p_gap_pages + i_b), L, W)
-    share = tl.cdiv(num_pages, SPLITS)
+    share = tl.cdiv(num_pages, splits)
     b_max = tl.full([BM], -float("inf"), tl.float32)
     # Summed over tokens once, at the end.
     b_sums = tl.zeros([QW, BM], tl.float32)
@@ -187,9 +187,9 @@ def attend_pages(
         query_start_loc, acc, lse, tables.basis,
         *k.tensors(), *v.tensors(), *k.offsets, *tables.v_offsets,
         q.stride(0), pages.stride(0), page_table.stride(0), sm_scale * LOG2_E, sink_tokens,
-        local_window, m, acc.shape[2],
+        local_window, m, splits, acc.shape[2],
         H=H, G=G, D=D, BD=next_power_of_2(D), W=W, MC=len(tables.basis) if m else 0, BM=BM, BN=64,
-        SPLITS=splits, CAUSAL=seq_lens is not None, V_BITS=tables.v_bits,
+        CAUSAL=seq_lens is not None, V_BITS=tables.v_bits,
         DTYPE=TL_DTYPES[q.dtype], ASM=q.is_cuda and torch.version.hip is None,
         K_SMALL=k.small_coefficients, K_CODES=k.has_codes, K_RAW=k.has_raw,
         V_SMALL=v.small_coefficients, V_CODES=v.has_codes, V_RAW=v.has_raw,

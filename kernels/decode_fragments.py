@@ -126,14 +126,15 @@ def first_lines(
     return o_k, o_v, o_x + tl.arange(0, 32) % 4 * 128
 
 
-@triton.jit(do_not_specialize=["S", "L", "M", "num_splits"])
+@triton.jit(do_not_specialize=["S", "L", "M", "splits", "num_splits"])
 def fragment_pages_kernel(
     p_q, p_columns, p_pages, p_page_table, p_num_pages, p_gap_pages, p_seq_lens, p_query_start,
     p_acc, p_lse, p_basis, p_column_start,
     ok_coef, ok_coef_scale, ok_codes, ok_scale, ok_zero, ov_codes, ov_scale, ov_zero, ov_high,
-    stride_q, stride_columns, stride_page, stride_table, q_scale, S, L, M, num_splits,
+    stride_q, stride_columns, stride_page, stride_table, q_scale, S, L, M, splits,
+    num_splits,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr,
-    BM: tl.constexpr, NT: tl.constexpr, SPLITS: tl.constexpr, CAUSAL: tl.constexpr,
+    BM: tl.constexpr, NT: tl.constexpr, CAUSAL: tl.constexpr,
     MANY: tl.constexpr, V_BITS: tl.constexpr, EV: tl.constexpr, EH: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     QW: tl.constexpr = W // 4
@@ -142,7 +143,7 @@ def fragment_pages_kernel(
     # Weights are at most 2^HEADROOM: the largest in fp16, times 4^level, with the small ones still normal.
     HEADROOM: tl.constexpr = 12 if V_BITS == 3 else 14 - 2 * (LEVELS - 1)
     i_h, i_b = tl.program_id(1), tl.program_id(2)
-    i_m, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    i_m, i_s = tl.program_id(0) // splits, tl.program_id(0) % splits
     start, num_queries, o_t, o_g, m_row = query_rows(p_query_start, i_b, i_h, i_m, G, BM)
     if i_m * BM >= num_queries * G:
         return
@@ -168,7 +169,7 @@ def fragment_pages_kernel(
         gap, n = tl.load(p_gap_pages + i_b), tl.load(p_seq_lens + i_b)
         b_end = first_raw(n - num_queries + 1 + o_t, num_pages, gap, L, W)
         num_pages = first_raw(n, num_pages, gap, L, W)
-    share = tl.cdiv(num_pages, SPLITS)
+    share = tl.cdiv(num_pages, splits)
     b_max = tl.full([BM], -float("inf"), tl.float32)
     # Summed over tokens once, at the end.
     b_sums = tl.zeros([QW, BM], tl.float32)
@@ -279,8 +280,9 @@ def attend_fragment_pages(
         query_start_loc, acc, lse, tables.fragment_basis, k.column_start,
         ok_coef, ok_coef_scale, *ok_rest, ov_codes, ov_scale, ov_zero, ov_high,
         q.stride(0), tables.num_columns // 2, pages.stride(0), page_table.stride(0),
-        sm_scale * LOG2_E, sink_tokens, local_window, max(layout.coefficients - 1, 0), acc.shape[2],
-        H=H, G=G, D=D, BD=max(64, next_power_of_2(D)), W=W, BM=MIN_ROWS, NT=4, SPLITS=splits,
+        sm_scale * LOG2_E, sink_tokens, local_window, max(layout.coefficients - 1, 0), splits,
+        acc.shape[2],
+        H=H, G=G, D=D, BD=max(64, next_power_of_2(D)), W=W, BM=MIN_ROWS, NT=4,
         CAUSAL=seq_lens is not None, MANY=max_query_len > 1, V_BITS=tables.v_bits,
         EV=run_of(D // 8), EH=run_of(D // 16),
         ASM=q.is_cuda and torch.version.hip is None, num_warps=1, num_stages=1,

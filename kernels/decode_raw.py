@@ -12,16 +12,16 @@ from fourier_vllm.kernels.tables import next_power_of_2
 MAX_SPLITS = 5
 
 
-@triton.jit(do_not_specialize=["S", "L", "first_split", "num_splits"])
+@triton.jit(do_not_specialize=["S", "L", "splits", "first_split", "num_splits"])
 def raw_kernel(
     p_q, p_local, p_block_table, p_num_pages, p_gap_pages, p_seq_lens, p_query_start, p_acc, p_lse,
     stride_q, stride_block, stride_head, stride_token, stride_table, q_scale, S, L,
-    first_split, num_splits,
+    splits, first_split, num_splits,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
-    BM: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr, DOT: tl.constexpr,
+    BM: tl.constexpr, BT: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     i_h, i_b = tl.program_id(1), tl.program_id(2)
-    i_m, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    i_m, i_s = tl.program_id(0) // splits, tl.program_id(0) % splits
     start, num_queries, o_t, o_g, m_row = query_rows(p_query_start, i_b, i_h, i_m, G, BM)
     if i_m * BM >= num_queries * G:
         return
@@ -39,7 +39,7 @@ def raw_kernel(
     low = first_raw(seq_len - num_queries + 1, num_pages, gap_pages, L, W) * W
     pinned = tl.cdiv(tl.minimum(S, low), BT)
     tiles = pinned + tl.cdiv(seq_len - low, BT)
-    share = tl.cdiv(tiles, SPLITS)
+    share = tl.cdiv(tiles, splits)
     b_max = tl.full([BM], -float("inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
     b_acc = tl.zeros([BM, BD], tl.float32)
@@ -121,8 +121,8 @@ def attend_raw(
     raw_kernel[(triton.cdiv(rows, BM) * splits, H, len(seq_lens))](
         q, local, block_table, num_pages, gap_pages, seq_lens, query_start_loc, acc, lse,
         q.stride(0), *local.stride()[:3], block_table.stride(0), sm_scale * LOG2_E,
-        sink_tokens, local_window, first_split, acc.shape[2],
+        sink_tokens, local_window, splits, first_split, acc.shape[2],
         G=G, D=D, BD=next_power_of_2(D), W=page_size, BLOCK=local.shape[2],
-        BM=BM, BT=64, SPLITS=splits,
+        BM=BM, BT=64,
         DOT=tl.float32 if interpreted else TL_DTYPES[q.dtype], num_warps=4, num_stages=2,
     )  # fmt: skip

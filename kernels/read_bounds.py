@@ -1,4 +1,4 @@
-"""How far each request reads pages in a decode step, worked out on the device once for all layers."""
+"""How far each request reads pages in a step, worked out on the device once for all layers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from torch import Tensor
 BLOCKS = 64
 
 
-@triton.jit(do_not_specialize=["L", "num_pinned"])
+@triton.jit(do_not_specialize=["L", "num_pinned", "first_exact"])
 def read_bounds_kernel(
     p_seq_lens, p_query_start, p_local_table, p_num_pages, p_gap_pages, stride_table, L, num_pinned,
-    W: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
+    first_exact, W: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0)
     seq_len = tl.load(p_seq_lens + i_b)
     num_queries = tl.load(p_query_start + i_b + 1) - tl.load(p_query_start + i_b)
     context = tl.maximum(seq_len - num_queries, 0)
     start = tl.maximum(context + 1 - L, 0) // W
+    start = tl.where(i_b < first_exact, start, 0)
     # The last null block behind the pinned ones: its tokens are gone, their pages are read.
     gap = 0
     for i_n in range(start * W // BLOCK, tl.cdiv(context, BLOCK), BN):
@@ -39,18 +40,22 @@ def read_bounds(
     page_size: int,
     block_size: int,
     num_pinned_blocks: int,
+    first_exact: int,
     num_pages: Tensor,
     gap_pages: Tensor,
 ) -> None:
-    """Write `num_pages, gap_pages [B]`, int32, of requests with one query token.
+    """Write `num_pages, gap_pages [B]`, int32: pages that a request's first query token reads, and at least.
 
     Parameters
     ----------
     seq_lens, query_start_loc : Tensor [B], [B + 1], int32
     local_table : Tensor [B, max_blocks], int32
         Null blocks are 0.
+    first_exact : int
+        Requests from here on read pages only where raw tokens are gone.
     """
     read_bounds_kernel[(len(seq_lens),)](
         seq_lens, query_start_loc, local_table, num_pages, gap_pages, local_table.stride(0),
-        local_window, num_pinned_blocks, W=page_size, BLOCK=block_size, BN=BLOCKS, num_warps=1,
+        local_window, num_pinned_blocks, first_exact, W=page_size, BLOCK=block_size, BN=BLOCKS,
+        num_warps=1,
     )  # fmt: skip

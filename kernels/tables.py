@@ -14,12 +14,14 @@ from fourier_vllm.page import (
     ChannelPlanes,
     PageLayout,
     TokenPlanes,
+    align,
     head_starts,
 )
 
 MIN_PAGE_SIZE = 64  # a quarter of a page is a side of a matrix product
 MIN_DOT = 16
 MIN_ROWS = 8  # columns of the smallest matrix instruction
+COLUMNS = 32  # a row of queries by column is a multiple: one compiled kernel for all layers
 
 
 def next_power_of_2(n: int, least: int = MIN_DOT) -> int:
@@ -151,7 +153,7 @@ class Tables:
     fragment_basis : Tensor [W * 4], int32
         For fragment order, see `basis_fragments`.
     num_columns : int
-        Columns of the head with the most, in fragment order.
+        Of a row of queries by column: room for the head with the most, in fragment order.
     rotation : Tensor [BD, BD], float32
         Of V's token codec, zero beyond the D dims; the identity where nothing is rotated.
     signs, signs_scale : Tensor [BD, BD], float
@@ -207,6 +209,7 @@ class Tables:
             offsets = (*v.offsets, 0)
         turn[:D, :D] = rotation(D) if 0 < bits < 16 else torch.eye(D)
         signs_scale = (D & -D) ** -0.5
+        columns = max(map(sub, starts[1:], starts))
         return cls(
             layout=layout,
             k=k,
@@ -215,7 +218,9 @@ class Tables:
             v_offsets=offsets,
             basis=basis.to(device),
             fragment_basis=basis_fragments(W, m if layout.fragments else 1).to(device),
-            num_columns=max(COLUMN_GROUP, *map(sub, starts[1:], starts)) if layout.fragments else 0,
+            num_columns=align(max(map(sub, starts[1:], starts)), COLUMNS)
+            if layout.fragments
+            else 0,
             rotation=turn.to(device),
             signs=(turn / signs_scale).to(device),
             sign_bits=(turn.sign() < 0).short().mul(-0x8000).to(device),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fourier_vllm.engine import reference_path
-from fourier_vllm.engine.metadata import FourierMetadata
+from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
 from fourier_vllm.engine.plan import Window
 from tests.numerics import assert_close
 from tests.test_reference import codec_of
@@ -30,6 +30,7 @@ class Steps:
         from vllm.v1.worker.workspace import init_workspace_manager, reset_workspace_manager
 
         from fourier_vllm.engine.gpu_path import GpuPath
+        from fourier_vllm.engine.prompt_attention import TorchAttention
 
         reset_workspace_manager()
         init_workspace_manager(torch.device(DEVICE))
@@ -39,8 +40,9 @@ class Steps:
             window,
         )
         self.path = GpuPath(
-            self.codec, window, H * G, D**-0.5, torch.device(DEVICE), LENGTH, num_requests
-        )
+            codec.layout, window, TorchAttention(D**-0.5), H * G, D**-0.5, torch.float32,
+            torch.device(DEVICE), LENGTH, num_requests, LENGTH,
+        )  # fmt: skip
         rng = torch.Generator().manual_seed(0)
         B = num_requests
         ids = torch.randperm(B * LENGTH // BLOCK, generator=rng).view(B, -1).int() + 1
@@ -87,7 +89,7 @@ class Steps:
         k, v = (torch.randn(T, H, D, generator=self.rng).to(DEVICE) for _ in range(2))
         out, expected = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
         before = self.local.clone()
-        self.path.run(pages, local, q, k, v, self.pages, self.local, out)
+        self.path.run(LayerStep(q, k, v, self.pages, self.local, out, pages, local))
         # Attention over the pages that the kernels sealed: sealing has tests of its own.
         pages._plans.clear()
         plan = replace(pages.plan(local, self.window), seal=None)
@@ -147,7 +149,60 @@ def test_padding_rows_write_nothing() -> None:
     q = torch.randn(2, H * G, D, device=DEVICE)
     k, v = (torch.randn(2, H, D, device=DEVICE) for _ in range(2))
     out = torch.full_like(q, torch.nan)
-    step.path.run(pages, local, q, k, v, step.pages, step.local, out)
+    step.path.run(LayerStep(q, k, v, step.pages, step.local, out, pages, local))
     assert torch.equal(before[0], step.pages)
     assert torch.equal(before[1].nan_to_num(), step.local.nan_to_num())
     assert out.isfinite().all()
+
+
+class SplitAttention:
+    """Attention over any stretch of the keys, in plain PyTorch."""
+
+    can_split = True
+
+    def __call__(self, piece, q, k, v, out):
+        lse = []
+        parts = (
+            x.split(n) for x, n in ((q, piece.query_lens), (k, piece.key_lens), (v, piece.key_lens))
+        )
+        for q_b, k_b, v_b, out_b in zip(*parts, out.split(piece.query_lens), strict=True):
+            k_b, v_b = (x.repeat_interleave(G, 1) for x in (k_b, v_b))
+            s = torch.einsum("qhd,khd->hqk", q_b, k_b) * D**-0.5
+            if piece.is_last:
+                n, m = s.shape[1:]
+                s += torch.full((n, m), -torch.inf, device=s.device).triu(m - n + 1)
+            lse.append(s.logsumexp(-1))
+            out_b.copy_(torch.einsum("hqk,khd->qhd", s.softmax(-1), v_b))
+        return torch.cat(lse, 1)
+
+
+@pytest.mark.parametrize("window", [WINDOWED, EXACT])
+def test_contexts_longer_than_the_scratch(window: Window) -> None:
+    step = Steps("coded-2", window, 2, True)
+    step.path.prefill.attention = SplitAttention()
+    step.path.prefill.capacity = 2 * W
+    step.path.prefill.can_overflow = True
+    step((0, 63, True), (1, 64, True))
+    step((0, 64, True), (1, 60, True))
+    step((0, 60, True), (1, 50, True))
+    step((1, 1, True), (0, 64, True))
+
+
+@pytest.mark.parametrize(("recipe", "fragments"), [("coded-2", True), ("paper", False)])
+def test_warming_up_runs_on_nothing(recipe: str, fragments: bool) -> None:
+    Steps(recipe, WINDOWED, 2, fragments).path.prepare()
+
+
+def test_requests_share_pieces_and_long_ones_are_cut() -> None:
+    from fourier_vllm.engine.gpu_plan import cut
+
+    pieces = cut(3, 10, [5, 0, 7, 9, 20, 4], [100, 0, 60, 90, 500, 30], 192, 64)
+    found = [(p.first_row, p.queries, p.query_lens, p.key_lens, p.begin, p.is_last) for p in pieces]
+    assert found == [
+        (3, slice(10, 22), [5, 0, 7], [100, 0, 60], 0, True),
+        (6, slice(22, 31), [9], [90], 0, True),
+        (7, slice(31, 51), [20], [192], 0, False),
+        (7, slice(31, 51), [20], [128], 192, False),
+        (7, slice(31, 51), [20], [180], 320, True),
+        (8, slice(51, 55), [4], [30], 0, True),
+    ]

@@ -16,9 +16,10 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
+from fourier_vllm.config import FourierConfig
 from fourier_vllm.engine import reference_path, sliding
 from fourier_vllm.engine.local_cache import SUFFIX, FourierLocalBackend, FourierLocalCache
-from fourier_vllm.engine.metadata import FourierMetadata
+from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
 from fourier_vllm.engine.model_weights import Ancestry, read_projections
 from fourier_vllm.engine.platform import NAME
 from fourier_vllm.engine.recipes import (
@@ -152,25 +153,30 @@ class FourierImpl(AttentionImpl):
         if device.type == "cpu":
             decode_cpu.warm_up(self.codec, dtype)
         else:
-            self.gpu = self._gpu_path(device)
+            self.gpu = self._gpu_path(dtype, device)
         self.local = FourierLocalCache(layer, self._local_spec(layer, engine, pages_bytes))
         self.local_name = name + SUFFIX
         layers[self.local_name] = self.local
         layer.get_kv_cache_spec = partial(self._page_spec, layer)
 
-    def _gpu_path(self, device: torch.device) -> GpuPath:
+    def _gpu_path(self, dtype: torch.dtype, device: torch.device) -> GpuPath:
         # Imports Triton, which machines without a GPU do not need.
         from fourier_vllm.engine.gpu_path import GpuPath
+        from fourier_vllm.engine.prompt_attention import choose
 
         config = self.vllm_config
+        name = FourierConfig.from_engine(config).prompt_attention
         return GpuPath(
-            self.codec,
+            self.codec.layout,
             self.window,
+            choose(name, self.head_size, dtype, self.scale),
             self.num_heads,
             self.scale,
+            dtype,
             device,
             config.model_config.max_model_len,
             config.scheduler_config.max_num_seqs,
+            config.scheduler_config.max_num_batched_tokens,
         )
 
     def _page_spec(self, layer: Attention, vllm_config: Any) -> FourierPageSpec:
@@ -218,7 +224,7 @@ class FourierImpl(AttentionImpl):
         """vLLM's interface: `query, output [T, Hq, D]`, `key, value [T, H, D]`, any strides."""
         if attn_metadata is None:  # memory profiling
             if self.gpu is not None:
-                self.gpu.reserve()
+                self.gpu.prepare()
             return output.fill_(0)
         if self.local is None:
             window = self.sliding_window
@@ -228,8 +234,18 @@ class FourierImpl(AttentionImpl):
         local_metadata = get_forward_context().attn_metadata[self.local_name]
         pages = kv_cache.view(torch.uint8)[:, 0, 0]
         if self.gpu is not None:
-            local = self.local.kv_cache
-            self.gpu.run(attn_metadata, local_metadata, query, key, value, pages, local, output)
+            self.gpu.run(
+                LayerStep(
+                    query,
+                    key,
+                    value,
+                    pages,
+                    self.local.kv_cache,
+                    output,
+                    attn_metadata,
+                    local_metadata,
+                )
+            )
             return output
         reference_path.run_step(
             self.codec,

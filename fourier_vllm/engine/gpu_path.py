@@ -9,18 +9,19 @@ from __future__ import annotations
 import torch
 
 from fourier_vllm.engine.gpu_plan import GpuPlan, make_plan
-from fourier_vllm.engine.metadata import FourierMetadata
+from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
 from fourier_vllm.engine.plan import Window
 from fourier_vllm.engine.prefill import Prefill
+from fourier_vllm.engine.prompt_attention import PromptAttention
 from fourier_vllm.kernels.decode import attend_pages
 from fourier_vllm.kernels.decode_raw import attend_raw
 from fourier_vllm.kernels.decode_raw import num_splits as num_raw_splits
 from fourier_vllm.kernels.reduce import reduce
-from fourier_vllm.kernels.reference import PageCodec
 from fourier_vllm.kernels.seal import seal
 from fourier_vllm.kernels.split import num_splits
 from fourier_vllm.kernels.store import store
 from fourier_vllm.kernels.tables import Tables
+from fourier_vllm.page import PageLayout
 
 
 class GpuPath:
@@ -28,25 +29,32 @@ class GpuPath:
 
     Parameters
     ----------
-    max_model_len, max_num_seqs : int
-        What bounds the grids and the scratch of a decode step.
+    dtype : torch.dtype
+        Of the model.
+    max_model_len, max_num_seqs, max_num_tokens : int
+        Tokens of a request, and requests and tokens of a step, at most: what bounds grids and scratch.
     """
 
     def __init__(
         self,
-        codec: PageCodec,
+        layout: PageLayout,
         window: Window,
+        attention: PromptAttention,
         num_heads: int,
         scale: float,
+        dtype: torch.dtype,
         device: torch.device,
         max_model_len: int,
         max_num_seqs: int,
+        max_num_tokens: int,
     ) -> None:
-        self.tables = Tables.build(codec.layout, device)
-        self.window, self.num_heads, self.scale = window, num_heads, scale
+        self.tables = Tables.build(layout, device)
+        self.window, self.num_heads, self.scale, self.dtype = window, num_heads, scale, dtype
         self.max_pages = max_model_len // window.page_size
         self.max_num_seqs = max_num_seqs
-        self.prefill = Prefill(codec, scale)
+        self.prefill = Prefill(
+            self.tables, window, attention, num_heads, dtype, max_model_len, max_num_tokens
+        )
 
     def splits(self, batch: int) -> tuple[int, int]:
         """Parts of the pages and of the raw tokens."""
@@ -68,70 +76,91 @@ class GpuPath:
             ((batch, self.num_heads, self.tables.num_columns), torch.float16),
         )
 
-    def reserve(self) -> None:
-        """Ask for the most scratch that any step needs, while vLLM profiles memory."""
+    def prepare(self) -> None:
+        """Ask for the most scratch that any step needs, while vLLM profiles memory, and compile."""
         # A larger batch may be split into fewer parts: each tensor at its own largest.
         parts = max(b * sum(self.splits(b)) for b in range(1, self.max_num_seqs + 1))
         self._workspace(parts, self.max_num_seqs)
+        self.prefill.scratch()
+        self._warm_up()
 
-    def run(
-        self,
-        metadata: FourierMetadata,
-        local_metadata: FourierMetadata,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        pages: torch.Tensor,
-        local: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        """One layer of one step; tensors as in `reference_path.run_step`."""
-        plan = metadata.once(
-            local_metadata,
-            self.window,
-            lambda: make_plan(self.window, metadata, local_metadata, self.prefill.has_flash),
+    def run(self, step: LayerStep) -> None:
+        """One layer of one step."""
+        pages, local, window = step.metadata, step.local_metadata, self.window
+        plan = pages.once(
+            local, window, lambda: make_plan(window, pages, local, self.prefill.capacity)
         )
-        store(k, v, local, local_metadata.slot_mapping[: len(k)])
+        store(step.k, step.v, step.local, local.slot_mapping[: len(step.k)])
         seal(
             self.tables,
-            k,
-            v,
-            local,
-            local_metadata.block_table,
-            pages,
-            metadata.block_table,
-            metadata.seq_lens,
-            metadata.query_start_loc,
-            self.window.sink_tokens,
+            step.k,
+            step.v,
+            step.local,
+            local.block_table,
+            step.pages,
+            pages.block_table,
+            pages.seq_lens,
+            pages.query_start_loc,
+            window.sink_tokens,
         )
         if plan.num_decodes:
-            self._decode(plan, metadata, local_metadata, q, pages, local, output)
-        if plan.max_prefill:
-            self.prefill.run(plan, metadata, local_metadata, q, k, v, pages, local, output)
+            self._decode(plan, step)
+        if plan.pieces:
+            self.prefill.run(plan, step)
 
-    def _decode(
-        self,
-        plan: GpuPlan,
-        metadata: FourierMetadata,
-        local_metadata: FourierMetadata,
-        q: torch.Tensor,
-        pages: torch.Tensor,
-        local: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
+    def _decode(self, plan: GpuPlan, step: LayerStep) -> None:
         n, window = plan.num_decodes, self.window
-        q = q[:n]
+        q, pages, local = step.q[:n], step.metadata, step.local_metadata
         splits, raw_splits = self.splits(n)
         acc, lse, columns = self.scratch(n)
-        starts, seq_lens = metadata.query_start_loc[: n + 1], metadata.seq_lens[:n]
+        starts, seq_lens, num_pages = pages.query_start_loc, pages.seq_lens[:n], plan.num_pages[:n]
         attend_pages(
-            self.tables, q, pages, metadata.block_table[:n], plan.num_pages, starts, 1, self.scale,
+            self.tables, q, step.pages, pages.block_table, num_pages, starts, 1, self.scale,
             window.sink_tokens, acc, lse, splits, columns, seq_lens, plan.gap_pages,
             window.local_window,
         )  # fmt: skip
         attend_raw(
-            q, local, local_metadata.block_table[:n], plan.num_pages, plan.gap_pages, seq_lens,
-            starts, 1, self.scale, window.sink_tokens, window.local_window, window.page_size, acc,
-            lse, splits, raw_splits,
+            q, step.local, local.block_table, num_pages, plan.gap_pages, seq_lens, starts, 1,
+            self.scale, window.sink_tokens, window.local_window, window.page_size, acc, lse, splits,
+            raw_splits,
         )  # fmt: skip
-        reduce(self.tables, acc, lse, splits, output[:n], None)
+        reduce(self.tables, acc, lse, splits, step.output[:n], None)
+
+    def _warm_up(self) -> None:
+        """Compile what a step may need: a request that decodes, and one whose prompt goes on."""
+        W, block, device = self.window.page_size, self.window.block_size, self.tables.basis.device
+        layout = self.tables.layout
+        H, D = layout.num_kv_heads, layout.head_size
+        lens = torch.tensor([1, 2 * W], dtype=torch.int32)
+        starts = torch.tensor([0, 1, 1 + W], dtype=torch.int32)
+
+        def metadata(size: int) -> FourierMetadata:
+            # Every block is the null block.
+            table = torch.zeros(2, self.max_pages * W // size + 1, dtype=torch.int32, device=device)
+            slots = torch.full((1 + W,), -1, dtype=torch.int64, device=device)
+            return FourierMetadata(
+                query_start_loc=starts.to(device),
+                seq_lens=lens.to(device),
+                is_prefilling=torch.tensor([False, True]),
+                block_table=table,
+                slot_mapping=slots,
+                query_start_loc_cpu=starts,
+                seq_lens_cpu=lens,
+            )
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=device)
+
+        heads = (1 + W, self.num_heads, D)
+        self.run(
+            LayerStep(
+                q=zeros(*heads),
+                k=zeros(1 + W, H, D),
+                v=zeros(1 + W, H, D),
+                pages=torch.zeros(1, layout.page_bytes, dtype=torch.uint8, device=device),
+                local=zeros(1, H, block, 2 * D),
+                output=zeros(*heads),
+                metadata=metadata(W),
+                local_metadata=metadata(block),
+            )
+        )

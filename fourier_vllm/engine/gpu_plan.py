@@ -3,49 +3,67 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
 from fourier_vllm.engine.metadata import FourierMetadata
-from fourier_vllm.engine.plan import PrefillStep, Window, plan_prefill, raw_starts
+from fourier_vllm.engine.plan import Window
 from fourier_vllm.kernels.read_bounds import read_bounds
 
 
 @dataclass
+class Piece:
+    """Consecutive prefilled requests over their keys, or one request over a stretch of its keys.
+
+    Attributes
+    ----------
+    first_row : int
+        The first request's place in the batch.
+    queries : slice
+        Their tokens of this step.
+    query_lens, key_lens : list of int
+        One a request.
+    begin : int
+        First token of the stretch.
+    is_last : bool
+        The keys end with the queries themselves.
+    query_starts, key_starts : torch.Tensor
+        `[n + 1]` int32, where each request begins, and the end.
+    """
+
+    first_row: int
+    queries: slice
+    query_lens: list[int]
+    key_lens: list[int]
+    begin: int = 0
+    is_last: bool = True
+    query_starts: torch.Tensor = field(default_factory=lambda: torch.tensor([]))
+    key_starts: torch.Tensor = field(default_factory=lambda: torch.tensor([]))
+
+
+@dataclass
 class GpuPlan:
-    """Requests with one query token come first, N of them; the others are prefilled.
+    """Requests with one query token come first; the others are prefilled.
 
     Attributes
     ----------
     num_pages, gap_pages : torch.Tensor
-        `[N]` int32, see `kernels.decode.attend_pages`.
-    first_prefill : int
-        First query token of the prefilled requests.
-    prefill_starts : torch.Tensor
-        Where each of them begins behind it, and the end, int32.
-    max_prefill, max_seq_len : int
-        Query tokens, and tokens, of a prefilled request, at most.
-    at_once : str, optional
-        All prefilled requests are one call of FlashAttention: over keys in "flight", none having tokens
-        before this step, or over "blocks" of the local cache, which has all their tokens.
-    prefill : list of PrefillStep
-        One a request otherwise.
+        `[N]` int32, see `kernels.read_bounds`.
+    pieces : list of Piece
+        Stretches of one request are neighbours, the last one last.
+    in_flight : bool
+        No prefilled request has tokens before this step.
     """
 
     num_decodes: int
     num_pages: torch.Tensor
     gap_pages: torch.Tensor
-    first_prefill: int
-    prefill_starts: torch.Tensor
-    max_prefill: int = 0
-    max_seq_len: int = 0
-    at_once: Literal["flight", "blocks"] | None = None
-    prefill: list[PrefillStep] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    in_flight: bool = True
 
 
 def make_plan(
-    window: Window, pages: FourierMetadata, local: FourierMetadata, has_flash: bool
+    window: Window, pages: FourierMetadata, local: FourierMetadata, capacity: int
 ) -> GpuPlan:
     """Plan a step of a layer.
 
@@ -53,78 +71,85 @@ def make_plan(
     ----------
     pages, local : FourierMetadata
         Of the two caches.
-    has_flash : bool
-        Prompts go through FlashAttention.
+    capacity : int
+        Keys of a piece, at most; a multiple of the page size, and a page more than a step has tokens.
     """
     query_lens = pages.query_start_loc_cpu.diff()
     single = query_lens <= 1
     if window.exact_prefill:
         single &= ~pages.is_prefilling
-    num_decodes = int(single.int().cumprod(0).sum())
-    num_pages, gap_pages = torch.empty(
-        2, num_decodes, dtype=torch.int32, device=pages.seq_lens.device
-    )
-    if num_decodes:
+    n, num_decodes = len(query_lens), int(single.int().cumprod(0).sum())
+    num_pages, gap_pages = torch.empty(2, n, dtype=torch.int32, device=pages.seq_lens.device)
+    if n:
         read_bounds(
-            pages.seq_lens[:num_decodes],
-            pages.query_start_loc[: num_decodes + 1],
+            pages.seq_lens,
+            pages.query_start_loc,
             local.block_table,
             window.local_window,
             window.page_size,
             window.block_size,
             window.num_pinned_blocks,
+            num_decodes if window.exact_prefill else n,
             num_pages,
             gap_pages,
         )
-    first = int(pages.query_start_loc_cpu[num_decodes])
-    starts = pages.query_start_loc[num_decodes:]
-    plan = GpuPlan(num_decodes, num_pages, gap_pages, first, starts)
-    if num_decodes < len(query_lens):
-        plan.prefill_starts = starts - first
-        _add_prefill(plan, window, pages, local, query_lens[num_decodes:], has_flash)
+    plan = GpuPlan(num_decodes, num_pages, gap_pages)
+    if num_decodes < n:
+        known = pages.seq_lens_cpu  # exact for requests that are prefilled
+        seq_lens = (pages.seq_lens.cpu() if known is None else known)[num_decodes:]
+        lens = query_lens[num_decodes:]
+        plan.in_flight = bool((seq_lens <= lens).all())
+        plan.pieces = cut(
+            num_decodes,
+            int(pages.query_start_loc_cpu[num_decodes]),
+            lens.tolist(),
+            # Padding has no queries, and shall have no keys.
+            torch.where(lens > 0, seq_lens, 0).tolist(),
+            capacity,
+            window.page_size,
+        )
+        _send(plan.pieces, pages.seq_lens.device)
     return plan
 
 
-def _add_prefill(
-    plan: GpuPlan,
-    window: Window,
-    pages: FourierMetadata,
-    local: FourierMetadata,
-    query_lens: torch.Tensor,
-    has_flash: bool,
-) -> None:
-    rows = slice(plan.num_decodes, None)
-    known = pages.seq_lens_cpu  # exact for requests that are prefilled
-    seq_lens = (pages.seq_lens.cpu() if known is None else known)[rows]
-    context = seq_lens - query_lens
-    plan.max_prefill, plan.max_seq_len = int(query_lens.max()), int(seq_lens.max())
-    starts = [0] * len(context)
-    if bool(context.any()):
-        lens = pages.seq_lens[rows] - plan.prefill_starts.diff()
-        table = local.block_table[rows]
-        starts = raw_starts(
-            window, lens.long(), torch.ones_like(lens, dtype=torch.bool), table
-        ).tolist()
-        # Otherwise a chunk's tokens are stored only where they outlive it.
-        has_blocks = window.exact_prefill and window.block_size % 16 == 0 and not any(starts)
-        plan.at_once = "blocks" if has_flash and has_blocks else None
-    elif has_flash:
-        plan.at_once = "flight"
-    if plan.at_once is not None:
-        return
-    begins = pages.query_start_loc_cpu[rows].tolist()
-    for i, (begin, start, length) in enumerate(zip(begins, starts, context.tolist(), strict=False)):
-        if begins[i + 1] == begin:
-            continue
-        row = plan.num_decodes + i
-        plan.prefill.append(
-            plan_prefill(
-                window,
-                begin,
-                begins[i + 1],
-                length,
-                start,
-                pages.block_table[row],
-                local.block_table[row : row + 1],
-            )
-        )
+def cut(
+    row: int,
+    token: int,
+    query_lens: list[int],
+    key_lens: list[int],
+    capacity: int,
+    page_size: int,
+) -> list[Piece]:
+    """Pieces of the requests from `row` on, whose queries begin at `token`."""
+    pieces: list[Piece] = []
+    room = -1
+    for num_queries, num_keys in zip(query_lens, key_lens, strict=True):
+        queries = slice(token, token + num_queries)
+        if num_keys > capacity:
+            # The last stretch has all of the step's own tokens.
+            last = -(-(num_keys - capacity) // page_size) * page_size
+            for begin in range(0, last, capacity):
+                n = min(capacity, last - begin)
+                pieces.append(Piece(row, queries, [num_queries], [n], begin, is_last=False))
+            pieces.append(Piece(row, queries, [num_queries], [num_keys - last], last))
+            room = -1
+        elif num_keys > room:
+            pieces.append(Piece(row, queries, [num_queries], [num_keys]))
+            room = capacity - num_keys
+        else:
+            piece = pieces[-1]
+            piece.queries = slice(piece.queries.start, queries.stop)
+            piece.query_lens.append(num_queries)
+            piece.key_lens.append(num_keys)
+            room -= num_keys
+        row, token = row + 1, queries.stop
+    return pieces
+
+
+def _send(pieces: list[Piece], device: torch.device) -> None:
+    """Put where requests begin on the device, all in one copy."""
+    lens = [x for piece in pieces for x in (piece.query_lens, piece.key_lens)]
+    starts = [torch.tensor([0, *x]).cumsum(0) for x in lens]
+    sent = torch.cat(starts).int().to(device, non_blocking=True).split([len(x) for x in starts])
+    for i, piece in enumerate(pieces):
+        piece.query_starts, piece.key_starts = sent[2 * i : 2 * i + 2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from vllm.v1.attention.backend import (
@@ -64,6 +64,33 @@ class FourierMetadata(AttentionMetadata):
                 local.slot_mapping,
             ),
         )
+
+
+class LayerStep(NamedTuple):
+    """Tensors of one layer in one step.
+
+    Attributes
+    ----------
+    q, output : torch.Tensor
+        `[T, Hq, D]`.
+    k, v : torch.Tensor
+        `[T, H, D]`.
+    pages : torch.Tensor
+        `[blocks, page_bytes]` uint8, the page cache.
+    local : torch.Tensor
+        `[blocks, H, block_size, 2 * D]`, the local cache.
+    metadata, local_metadata : FourierMetadata
+        Of the two caches.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    pages: torch.Tensor
+    local: torch.Tensor
+    output: torch.Tensor
+    metadata: FourierMetadata
+    local_metadata: FourierMetadata
 
 
 class FourierMetadataBuilder(AttentionMetadataBuilder[FourierMetadata]):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import Version
 
 from fourier_vllm._text import show
+from fourier_vllm.config import FourierConfig
 
 if TYPE_CHECKING:
     from fourier_vllm.engine.recipes import EngineRecipe
@@ -60,6 +61,9 @@ def _problems(vllm_config: Any) -> Iterator[tuple[str, str]]:
             yield f"additional_config key {show(key)}", "write 'fourier'"
     if model is not None:
         yield from _model_problems(model)
+    attention = FourierConfig.from_engine(vllm_config).prompt_attention
+    if attention != "auto" and vllm_config.device_config.device_type == "cpu":
+        yield f"prompt_attention {attention} on a CPU", "leave it out"
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     scheduler = vllm_config.scheduler_config
     if cache.cache_dtype not in KV_CACHE_DTYPES:

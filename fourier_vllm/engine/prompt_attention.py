@@ -1,0 +1,177 @@
+"""Attention of prompts over keys and values that lie token after token, by whoever has kernels for it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from vllm.logger import init_logger
+
+from fourier_vllm.engine.gpu_plan import Piece
+
+logger = init_logger("vllm.fourier_vllm")
+
+
+class PromptAttention(Protocol):
+    """Attends the requests of a piece.
+
+    Attributes
+    ----------
+    can_split : bool
+        Can attend stretches of the keys, and say how much weight they have.
+    """
+
+    can_split: bool
+
+    def __call__(
+        self, piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor:
+        """Write `out [T, Hq, D]` of `q [T, Hq, D]` over `k, v [K, H, D]`.
+
+        Returns
+        -------
+        torch.Tensor
+            Natural log-sum-exps `[Hq, T]` float32; empty unless `can_split`.
+        """
+
+
+class FlashAttention:
+    """FlashAttention as vLLM ships it."""
+
+    can_split = True
+
+    def __init__(self, scale: float, version: int) -> None:
+        self.scale, self.version = scale, version
+
+    def __call__(
+        self, piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor:
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+        _, lse, *_ = flash_attn_varlen_func(
+            q=q,
+            k=k,
+            v=v,
+            out=out,
+            cu_seqlens_q=piece.query_starts,
+            cu_seqlens_k=piece.key_starts,
+            max_seqlen_q=max(piece.query_lens),
+            max_seqlen_k=max(piece.key_lens),
+            softmax_scale=self.scale,
+            causal=piece.is_last,
+            fa_version=self.version,
+            return_softmax_lse=True,
+        )
+        return lse
+
+
+class Xformers:
+    """xformers' memory-efficient attention under a block-diagonal causal mask."""
+
+    can_split = False
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(
+        self, piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor:
+        from xformers.ops import memory_efficient_attention
+        from xformers.ops.fmha.attn_bias import BlockDiagonalCausalFromBottomRightMask
+
+        mask = BlockDiagonalCausalFromBottomRightMask.from_seqlens(
+            piece.query_lens, piece.key_lens, device=q.device
+        )
+        H = k.shape[1]
+        q = q.unflatten(1, (H, -1))
+        k, v = (x[:, :, None].expand(-1, -1, q.shape[2], -1) for x in (k, v))
+        made = memory_efficient_attention(
+            *(x[None].flatten(2, 3) for x in (q, k, v)), attn_bias=mask, scale=self.scale
+        )
+        out.copy_(made[0])
+        return q.new_empty(0)
+
+
+class TorchAttention:
+    """PyTorch's own, request by request."""
+
+    can_split = False
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(
+        self, piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor:
+        from torch.nn.attention.bias import causal_lower_right
+
+        parts = zip(
+            q.split(piece.query_lens),
+            k.split(piece.key_lens),
+            v.split(piece.key_lens),
+            out.split(piece.query_lens),
+            strict=True,
+        )
+        for q_b, k_b, v_b, out_b in parts:
+            if len(q_b):
+                made = torch.nn.functional.scaled_dot_product_attention(
+                    q_b.transpose(0, 1)[None],
+                    k_b.transpose(0, 1)[None],
+                    v_b.transpose(0, 1)[None],
+                    attn_mask=causal_lower_right(len(q_b), len(k_b)),
+                    scale=self.scale,
+                    enable_gqa=True,
+                )
+                out_b.copy_(made[0].transpose(0, 1))
+        return q.new_empty(0)
+
+
+def flash_attention_version(head_size: int, dtype: torch.dtype) -> int | None:
+    """The FlashAttention that vLLM would use here, None where it has none."""
+    from vllm.v1.attention.backends.fa_utils import (
+        get_flash_attn_version,
+        is_flash_attn_varlen_func_available,
+    )
+
+    if dtype not in (torch.float16, torch.bfloat16) or not is_flash_attn_varlen_func_available():
+        return None
+    return get_flash_attn_version(head_size=head_size)
+
+
+def has_xformers() -> bool:
+    """Whether xformers can be imported."""
+    try:
+        import xformers.ops  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def choose(name: str, head_size: int, dtype: torch.dtype, scale: float) -> PromptAttention:
+    """The implementation that option `prompt_attention` names, or the best there is.
+
+    Raises
+    ------
+    ValueError
+        It is not available here.
+    """
+    version = flash_attention_version(head_size, dtype) if name in ("auto", "flash") else None
+    if version is not None:
+        return FlashAttention(scale, version)
+    if name == "flash":
+        raise ValueError(
+            f"additional_config fourier: prompt_attention flash has no kernels for this GPU, {dtype} and "
+            f"heads of {head_size}: leave it out."
+        )
+    if name == "xformers" and not has_xformers():
+        raise ValueError(
+            "additional_config fourier: prompt_attention xformers needs xformers, which cannot be imported: "
+            "install fourier-vllm[xformers], or leave it out."
+        )
+    if name != "torch" and has_xformers():
+        logger.info_once("fourier: prompts use xformers' attention.")
+        return Xformers(scale)
+    logger.warning_once(
+        "fourier: no FlashAttention for this GPU or dtype, no xformers; prompts use PyTorch's attention."
+    )
+    return TorchAttention(scale)

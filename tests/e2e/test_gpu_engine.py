@@ -1,0 +1,107 @@
+"""The engine on a GPU: lossless pages give stock attention's tokens, eager and as CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.e2e.engine import (
+    conversation,
+    count_preemptions,
+    engine,
+    generate,
+    poison_free_blocks,
+    prompts,
+)
+
+pytestmark = pytest.mark.gpu
+
+LOSSLESS = dict(target="lossless", page_size=64, local_window=80, sink_tokens=16)
+GPU = dict(
+    kernel_config={"enable_flashinfer_autotune": False},
+    kv_cache_memory_bytes=256 << 20,
+    gpu_memory_utilization=0.1,
+)
+GRAPHS = dict(
+    enforce_eager=False,
+    compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+)
+
+
+def run(model: Any, fourier: dict[str, Any] | None, **options: Any) -> list[list[int]]:
+    if fourier is None:
+        options |= {"attention_backend": "TRITON_ATTN"}  # the one that attends float32
+    with engine(model, fourier, **GPU | options) as llm:
+        return conversation(llm)
+
+
+@pytest.fixture(scope="module")
+def stock(toy):
+    return run(toy(), None)
+
+
+@pytest.mark.parametrize(
+    ("fourier", "options"),
+    [
+        pytest.param({}, {}, id="eager"),
+        pytest.param({}, GRAPHS, id="graphs"),
+        pytest.param({}, GRAPHS | {"enable_prefix_caching": False}, id="graphs-no-prefix-cache"),
+        pytest.param({"prefill": "exact"}, GRAPHS, id="exact"),
+        pytest.param({}, GRAPHS | {"async_scheduling": False}, id="no-async-scheduling"),
+    ],
+)
+def test_tokens_equal_stock(toy, stock, fourier, options):
+    assert run(toy(), LOSSLESS | fourier, **options) == stock
+
+
+@pytest.mark.parametrize(("prefill", "blocks"), [("windowed", 24), ("exact", 28)])
+def test_preemption_and_recompute(toy, stock, prefill, blocks):
+    pool = dict(num_gpu_blocks_override=blocks, max_model_len=512)
+    with count_preemptions() as count:
+        assert run(toy(), LOSSLESS | {"prefill": prefill}, **GRAPHS, **pool) == stock
+    assert count[0] > 0
+
+
+@pytest.mark.parametrize("family", ["llama-mqa", "llama-wide", "qwen3"])
+def test_families(toy, family):
+    model = toy(family)
+    assert run(model, LOSSLESS, **GRAPHS) == run(model, None)
+
+
+@pytest.mark.parametrize("early", [0, 48])
+def test_free_blocks_are_never_read(toy, stock, monkeypatch, early):
+    """And a negative control: freed `early` tokens before their time, they are."""
+    from fourier_vllm.engine.managers import FourierLocalManager
+
+    original = FourierLocalManager._first_kept
+    monkeypatch.setattr(
+        FourierLocalManager, "_first_kept", lambda self, n: original(self, n + early)
+    )
+    with (
+        engine(toy(), LOSSLESS, enable_prefix_caching=False, **GPU) as llm,
+        poison_free_blocks(llm),
+    ):
+        assert (conversation(llm) == stock) == (early == 0)
+
+
+@pytest.mark.parametrize("prompt_attention", ["flash", "xformers", "torch"])
+@pytest.mark.parametrize("prefill", ["windowed", "exact"])
+def test_prompts_in_bfloat16(toy, prefill, prompt_attention):
+    if prompt_attention == "xformers":
+        pytest.importorskip("xformers.ops")
+    results = []
+    for fourier in (None, LOSSLESS | {"prefill": prefill, "prompt_attention": prompt_attention}):
+        with engine(toy("llama-mqa"), fourier, dtype="bfloat16", **GPU) as llm:
+            (output,) = generate(llm, prompts()[3:4], 1, prompt_logprobs=0)
+            results.append([next(iter(x.values())).logprob for x in output.prompt_logprobs[1:]])
+    assert max(abs(a - b) for a, b in zip(*results, strict=True)) < 0.1
+
+
+@pytest.mark.parametrize("split", [dict(tensor_parallel_size=2), dict(pipeline_parallel_size=2)])
+def test_two_gpus(toy, stock, split):
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    assert run(toy(), LOSSLESS, **GRAPHS, **split) == stock
