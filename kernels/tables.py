@@ -209,7 +209,7 @@ class Tables:
             offsets = (*v.offsets, 0)
         turn[:D, :D] = rotation(D) if 0 < bits < 16 else torch.eye(D)
         signs_scale = (D & -D) ** -0.5
-        columns = max(map(sub, starts[1:], starts))
+        columns = max(1, *map(sub, starts[1:], starts))
         return cls(
             layout=layout,
             k=k,
@@ -218,9 +218,7 @@ class Tables:
             v_offsets=offsets,
             basis=basis.to(device),
             fragment_basis=basis_fragments(W, m if layout.fragments else 1).to(device),
-            num_columns=align(max(map(sub, starts[1:], starts)), COLUMNS)
-            if layout.fragments
-            else 0,
+            num_columns=align(columns, COLUMNS) if layout.fragments else 0,
             rotation=turn.to(device),
             signs=(turn / signs_scale).to(device),
             sign_bits=(turn.sign() < 0).short().mul(-0x8000).to(device),
