@@ -15,8 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from decode_cpu import ROOT, machine
+import torch
 
+from fourier_vllm.evaluation.machine import commit, machine, versions
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
 
@@ -43,6 +47,8 @@ def score(model: str, fourier: dict[str, Any] | None, args: argparse.Namespace) 
         "max_num_batched_tokens": args.chunk,
         "kv_cache_memory_bytes": 1 << 30,
     }
+    if DEVICE == "cuda":
+        settings["kernel_config"] = {"enable_flashinfer_autotune": False}
     if fourier is not None:
         settings |= {"attention_backend": "fourier", "additional_config": {"fourier": fourier}}
     params = SamplingParams(temperature=0, max_tokens=8)
@@ -93,7 +99,7 @@ def main() -> None:
         rows.append({"engine": name} | score(args.model, fourier, args))
         print(rows[-1], flush=True)
     result = {
-        "machine": machine(),
+        "machine": machine(DEVICE) | versions("vllm") | {"commit": commit()},
         "context_tokens": args.tokens,
         "max_num_batched_tokens": args.chunk,
         "rows": rows,

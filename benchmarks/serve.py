@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import queue
 import random
 import statistics
@@ -58,7 +59,7 @@ CONTEXTS = {4096: [4096], 32768: [1024, 8192, 32768], 131072: [131072]}  # by ma
 FIT = "fit"  # a batch of as many requests of max_model_len as the cache holds
 TOGETHER = 64  # steps in which all requests of a batch decode
 CHUNK = 8192  # tokens of a step
-MAX_SEQS = 128
+MAX_SEQS = 160
 
 
 def parse() -> argparse.Namespace:
@@ -69,7 +70,7 @@ def parse() -> argparse.Namespace:
         "--max-model-lens", nargs="+", type=int, choices=CONTEXTS, default=list(CONTEXTS)
     )
     parser.add_argument("--batches", nargs="*", default=["1", "8", "32", FIT])
-    parser.add_argument("--max-prefill", type=int, default=3 << 20, help="prompt tokens of a batch")
+    parser.add_argument("--max-prefill", type=int, default=5 << 20, help="prompt tokens of a batch")
     parser.add_argument("--append", action="store_true", help="to the rows that are there")
     parser.add_argument("--memory", type=float, default=0.85, help="share of the GPU's memory")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
@@ -103,14 +104,10 @@ def settings(
     }
 
 
-def memory_used() -> float:
-    """GiB in use on the first GPU, as its driver says."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024
-
-
-def gpu_name() -> str:
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", "0"]
+def ask_driver(what: str) -> str:
+    """A property of the first GPU; asking torch would take memory there."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits", "-i", gpu]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -201,7 +198,11 @@ def run_engine(args: argparse.Namespace, engine: str, max_model_len: int, rows: 
             measure(llm, 1024, 4)  # what is compiled or allocated on first use
         for context, batch, is_fit in cases(args, max_model_len, kv_tokens):
             row = measure(llm, context, batch)
-            rows.put(shared | row | {"fit": is_fit, "peak_gib": round(memory_used(), 2)})
+            rows.put(
+                shared
+                | row
+                | {"fit": is_fit, "peak_gib": round(float(ask_driver("memory.used")) / 1024, 2)}
+            )
 
 
 def main() -> None:
@@ -209,7 +210,7 @@ def main() -> None:
     done = json.loads(args.out.read_text()) if args.append and args.out.exists() else []
     about = {
         "model": args.model or "llama-3.1-8b shape, made-up weights",
-        "gpu": gpu_name(),
+        "gpu": ask_driver("name"),
         "commit": commit(),
         **versions("vllm", "triton"),
     }

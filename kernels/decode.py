@@ -19,11 +19,21 @@ from fourier_vllm.kernels.page_attention import (
     spectral_scores,
     token_values,
 )
-from fourier_vllm.kernels.split import LOG2_E, TL_DTYPES, first_raw, query_rows, store_part
+from fourier_vllm.kernels.split import (
+    BATCH_POINTERS,
+    LOG2_E,
+    TL_DTYPES,
+    first_raw,
+    query_rows,
+    store_part,
+)
 from fourier_vllm.kernels.tables import MIN_ROWS, Tables, next_power_of_2
 
 
-@triton.jit(do_not_specialize=["S", "L", "M", "splits", "num_splits"])
+@triton.jit(
+    do_not_specialize=["S", "L", "M", "splits", "num_splits", "stride_table"],
+    do_not_specialize_on_alignment=BATCH_POINTERS,
+)
 def pages_kernel(
     p_q, p_pages, p_page_table, p_num_pages, p_gap_pages, p_seq_lens, p_query_start, p_acc, p_lse,
     p_basis,

@@ -30,7 +30,7 @@ from fourier_vllm.kernels.fragments import (
     zero_operand,
 )
 from fourier_vllm.kernels.query_columns import query_columns
-from fourier_vllm.kernels.split import LOG2_E, first_raw, query_rows, store_part
+from fourier_vllm.kernels.split import BATCH_POINTERS, LOG2_E, first_raw, query_rows, store_part
 from fourier_vllm.kernels.tables import MIN_ROWS, Tables, next_power_of_2
 
 
@@ -126,7 +126,10 @@ def first_lines(
     return o_k, o_v, o_x + tl.arange(0, 32) % 4 * 128
 
 
-@triton.jit(do_not_specialize=["S", "L", "M", "splits", "num_splits"])
+@triton.jit(
+    do_not_specialize=["S", "L", "M", "splits", "num_splits", "stride_table"],
+    do_not_specialize_on_alignment=BATCH_POINTERS,
+)
 def fragment_pages_kernel(
     p_q, p_columns, p_pages, p_page_table, p_num_pages, p_gap_pages, p_seq_lens, p_query_start,
     p_acc, p_lse, p_basis, p_column_start,

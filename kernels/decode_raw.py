@@ -6,13 +6,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourier_vllm.kernels.split import LOG2_E, TL_DTYPES, first_raw, query_rows
+from fourier_vllm.kernels.split import BATCH_POINTERS, LOG2_E, TL_DTYPES, first_raw, query_rows
 from fourier_vllm.kernels.tables import next_power_of_2
 
 MAX_SPLITS = 5
 
 
-@triton.jit(do_not_specialize=["S", "L", "splits", "first_split", "num_splits"])
+@triton.jit(
+    do_not_specialize=["S", "L", "splits", "first_split", "num_splits", "stride_table"],
+    do_not_specialize_on_alignment=BATCH_POINTERS,
+)
 def raw_kernel(
     p_q, p_local, p_block_table, p_num_pages, p_gap_pages, p_seq_lens, p_query_start, p_acc, p_lse,
     stride_q, stride_block, stride_head, stride_token, stride_table, q_scale, S, L,

@@ -6,10 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fourier_vllm.kernels.split import BATCH_POINTERS
+
 BLOCKS = 64
 
 
-@triton.jit(do_not_specialize=["L", "num_pinned", "first_exact"])
+@triton.jit(
+    do_not_specialize=["L", "num_pinned", "first_exact", "stride_table"],
+    do_not_specialize_on_alignment=BATCH_POINTERS,
+)
 def read_bounds_kernel(
     p_seq_lens, p_query_start, p_local_table, p_num_pages, p_gap_pages, stride_table, L, num_pinned,
     first_exact, W: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,

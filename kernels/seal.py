@@ -17,7 +17,7 @@ from fourier_vllm.kernels.codecs import range_share
 from fourier_vllm.kernels.codecs_fragments import run_of
 from fourier_vllm.kernels.seal_fragments import seal_columns, seal_rotated, token_of_row
 from fourier_vllm.kernels.seal_plain import seal_channel, seal_tokens
-from fourier_vllm.kernels.split import TL_DTYPES
+from fourier_vllm.kernels.split import BATCH_POINTERS, TL_DTYPES
 from fourier_vllm.kernels.tables import Tables, next_power_of_2
 
 PROGRAMS_PER_SM = 2  # as many as registers hold
@@ -169,7 +169,10 @@ def completed_pages(p_seq_lens, p_query_start, o_b, B, W: tl.constexpr):
     return b_len // W - tl.maximum(b_len - (b_stop - b_start), 0) // W
 
 
-@triton.jit(do_not_specialize=["S", "M", "B"])
+@triton.jit(
+    do_not_specialize=["S", "M", "B", "stride_local_table", "stride_page_table"],
+    do_not_specialize_on_alignment=BATCH_POINTERS,
+)
 def seal_kernel(
     p_k, p_v, p_local, p_local_table, p_pages, p_page_table, p_seq_lens, p_query_start,
     p_basis, p_signs, p_sign_bits, p_k_dims, p_v_dims, p_column_start, p_column_dim, p_column_level,

@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fourier_vllm.kernels.split import BATCH_POINTERS
 from fourier_vllm.kernels.tables import next_power_of_2
 
 
-@triton.jit(do_not_specialize=["first_cell"])
+@triton.jit(do_not_specialize=["first_cell"], do_not_specialize_on_alignment=BATCH_POINTERS)
 def store_kernel(
     p_k, p_v, p_local, p_slots, stride_k, stride_v, stride_block, stride_head, stride_token, first_cell,
     D: tl.constexpr, BD: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BLOCK: tl.constexpr,

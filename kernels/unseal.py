@@ -14,7 +14,7 @@ from fourier_vllm.kernels.codecs_fragments import run_of
 from fourier_vllm.kernels.page_attention import load_fp16
 from fourier_vllm.kernels.seal import load_tokens
 from fourier_vllm.kernels.seal_fragments import swapped
-from fourier_vllm.kernels.split import TL_DTYPES
+from fourier_vllm.kernels.split import BATCH_POINTERS, TL_DTYPES
 from fourier_vllm.kernels.tables import Tables, next_power_of_2
 
 
@@ -142,8 +142,8 @@ def unseal_tokens(
 
 
 @triton.jit(
-    do_not_specialize=["S", "M", "first_row", "begin"],
-    do_not_specialize_on_alignment=["p_starts", "p_k", "p_v", "p_k_out", "p_v_out"],
+    do_not_specialize=["S", "M", "first_row", "begin", "stride_local_table", "stride_page_table"],
+    do_not_specialize_on_alignment=BATCH_POINTERS,
 )
 def unseal_kernel(
     p_k, p_v, p_local, p_local_table, p_pages, p_page_table, p_seq_lens, p_query_start, p_num_pages,

@@ -127,23 +127,26 @@ class GpuPath:
         reduce(self.tables, acc, lse, splits, step.output[:n], None)
 
     def _warm_up(self) -> None:
-        """Compile what a step may need: a request that decodes, and one whose prompt goes on."""
+        """Compile what steps may need: requests that decode, few and many, and a prompt that goes on."""
+        for batch in sorted({1, self.max_num_seqs}):
+            self.run(self._made_up_step(batch))
+
+    def _made_up_step(self, batch: int) -> LayerStep:
         W, block, device = self.window.page_size, self.window.block_size, self.tables.basis.device
         layout = self.tables.layout
-        H, D = layout.num_kv_heads, layout.head_size
-        lens = torch.tensor([1, 2 * W], dtype=torch.int32)
-        starts = torch.tensor([0, 1, 1 + W], dtype=torch.int32)
+        H, D, T = layout.num_kv_heads, layout.head_size, batch + W
+        lens = torch.tensor([1] * batch + [2 * W], dtype=torch.int32)
+        starts = torch.tensor([*range(batch + 1), T], dtype=torch.int32)
 
         def metadata(size: int) -> FourierMetadata:
             # Every block is the null block.
-            table = torch.zeros(2, self.max_pages * W // size + 1, dtype=torch.int32, device=device)
-            slots = torch.full((1 + W,), -1, dtype=torch.int64, device=device)
+            blocks = max(self.max_pages, 2) * W // size
             return FourierMetadata(
                 query_start_loc=starts.to(device),
                 seq_lens=lens.to(device),
-                is_prefilling=torch.tensor([False, True]),
-                block_table=table,
-                slot_mapping=slots,
+                is_prefilling=lens > 1,
+                block_table=torch.zeros(batch + 1, blocks, dtype=torch.int32, device=device),
+                slot_mapping=torch.full((T,), -1, dtype=torch.int64, device=device),
                 query_start_loc_cpu=starts,
                 seq_lens_cpu=lens,
             )
@@ -151,16 +154,13 @@ class GpuPath:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=self.dtype, device=device)
 
-        heads = (1 + W, self.num_heads, D)
-        self.run(
-            LayerStep(
-                q=zeros(*heads),
-                k=zeros(1 + W, H, D),
-                v=zeros(1 + W, H, D),
-                pages=torch.zeros(1, layout.page_bytes, dtype=torch.uint8, device=device),
-                local=zeros(1, H, block, 2 * D),
-                output=zeros(*heads),
-                metadata=metadata(W),
-                local_metadata=metadata(block),
-            )
+        return LayerStep(
+            q=zeros(T, self.num_heads, D),
+            k=zeros(T, H, D),
+            v=zeros(T, H, D),
+            pages=torch.zeros(1, layout.page_bytes, dtype=torch.uint8, device=device),
+            local=zeros(1, H, block, 2 * D),
+            output=zeros(T, self.num_heads, D),
+            metadata=metadata(W),
+            local_metadata=metadata(block),
         )
