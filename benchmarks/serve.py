@@ -178,31 +178,28 @@ def measure(llm: Any, context: int, batch: int) -> dict[str, Any]:
 
 def run_engine(args: argparse.Namespace, engine: str, max_model_len: int, rows: Any) -> None:
     """All cases of one engine; a row is sent as soon as it is measured."""
-    from vllm import LLM
+    from fourier_vllm.evaluation.engine_session import running
 
     with tempfile.TemporaryDirectory() as folder:
         options = settings(args, engine, max_model_len, folder)
         begin = time.perf_counter()
-        llm = LLM(**options)
-        start = time.perf_counter() - begin
-        kv_tokens = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
-        shared = {
-            "engine": engine,
-            "max_model_len": max_model_len,
-            "gpus": args.tensor_parallel_size,
-            "kv_tokens": kv_tokens,
-            "start_s": round(start, 1),
-        }
-        rows.put(shared)
-        if args.batches:
-            measure(llm, 1024, 4)  # what is compiled or allocated on first use
-        for context, batch, is_fit in cases(args, max_model_len, kv_tokens):
-            row = measure(llm, context, batch)
-            rows.put(
-                shared
-                | row
-                | {"fit": is_fit, "peak_gib": round(float(ask_driver("memory.used")) / 1024, 2)}
-            )
+        with running(options) as llm:
+            start = time.perf_counter() - begin
+            kv_tokens = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+            shared = {
+                "engine": engine,
+                "max_model_len": max_model_len,
+                "gpus": args.tensor_parallel_size,
+                "kv_tokens": kv_tokens,
+                "start_s": round(start, 1),
+            }
+            rows.put(shared)
+            if args.batches:
+                measure(llm, 1024, 4)  # what is compiled or allocated on first use
+            for context, batch, is_fit in cases(args, max_model_len, kv_tokens):
+                row = shared | measure(llm, context, batch)
+                used = float(ask_driver("memory.used")) / 1024
+                rows.put(row | {"fit": is_fit, "peak_gib": round(used, 2)})
 
 
 def main() -> None:

