@@ -115,7 +115,8 @@ class Decode:
         blocks = -(-context // BLOCK)
         live = SINKS // BLOCK + -(-(context - per * W) // BLOCK)
         self.local = random(batch * live + 1, H, BLOCK, 2 * D)
-        seal.seal(self.tables, k, v, self.local, ids, sealed, ids, numbers(len(k)),
+        nowhere = torch.full((len(k),), -1, dtype=torch.int64, device="cuda")
+        seal.seal(self.tables, k, v, self.local, ids, nowhere, sealed, ids, numbers(len(k)),
                   numbers(0, len(k)), 0)  # fmt: skip
         order = torch.randint(0, DISTINCT_PAGES, (batch * per,), generator=generator, device="cuda")
         self.pages = sealed[order]
@@ -130,6 +131,7 @@ class Decode:
         self.gaps = numbers(*[0] * batch)
         self.seq_lens = numbers(*[context] * batch)
         self.idle_lens = self.seq_lens + 1
+        self.slots = BLOCK * used[:, -1].long()  # one cell a request
         self.starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
         sms = torch.cuda.get_device_properties(0).multi_processor_count
         self.splits = num_splits(batch, H, per, sms)
@@ -160,7 +162,7 @@ class Decode:
         tables, k, v = self.seal_args
         B = self.batch
         seal.seal(
-            tables, k[:B], v[:B], self.local, self.table, self.pages, self.page_table,
+            tables, k[:B], v[:B], self.local, self.table, self.slots, self.pages, self.page_table,
             self.idle_lens, self.starts, SINKS,
         )  # fmt: skip
 
@@ -214,7 +216,8 @@ def sealing(timer: Timer) -> dict[str, Any]:
     pages = torch.empty(n, case.layout.page_bytes, dtype=torch.uint8, device="cuda")
     ids = torch.arange(n, dtype=torch.int32, device="cuda")[None]
     starts = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
-    args = (case.tables, k, v, case.local, ids, pages, ids, starts[1:], starts, SINKS)
+    nowhere = torch.full((tokens,), -1, dtype=torch.int64, device="cuda")
+    args = (case.tables, k, v, case.local, ids, nowhere, pages, ids, starts[1:], starts, SINKS)
     idle = {
         f"idle_us_batch_{batch}": per_launch(timer, Decode(32, 8, 128, batch, 4096).seal_nothing)
         for batch in (1, 8, 32, 128)

@@ -1,7 +1,8 @@
-"""Seals the pages that a step completes: raw K and V in, bytes of `page.py` out, one launch a layer.
+"""Stores a step's raw K and V and seals the pages they complete, in bytes of `page.py`: one launch a layer.
 
 Which pages are complete is read from the lengths on the device. A program takes one KV head and every n-th
 item, which is K or V of a page, n odd so that both come in turn; where there are none, programs end at once.
+Sealing reads this step's tokens where they come from, older ones from cells that storing leaves alone.
 Shapes: W tokens, BD dims, ET tokens of each eighth of a page, so that packing finds all tokens of a byte in
 one tile.
 """
@@ -18,9 +19,11 @@ from fourier_vllm.kernels.codecs_fragments import run_of
 from fourier_vllm.kernels.seal_fragments import seal_columns, seal_rotated, token_of_row
 from fourier_vllm.kernels.seal_plain import seal_channel, seal_tokens
 from fourier_vllm.kernels.split import BATCH_POINTERS, TL_DTYPES
+from fourier_vllm.kernels.store import store_tokens
 from fourier_vllm.kernels.tables import Tables, next_power_of_2
 
 PROGRAMS_PER_SM = 2  # as many as registers hold
+TOKENS_AT_ONCE = 16  # stored by a program
 
 
 @triton.jit
@@ -170,17 +173,17 @@ def completed_pages(p_seq_lens, p_query_start, o_b, B, W: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["S", "M", "B", "stride_local_table", "stride_page_table"],
+    do_not_specialize=["S", "M", "B", "T", "stride_local_table", "stride_page_table"],
     do_not_specialize_on_alignment=BATCH_POINTERS,
 )
 def seal_kernel(
-    p_k, p_v, p_local, p_local_table, p_pages, p_page_table, p_seq_lens, p_query_start,
+    p_k, p_v, p_local, p_local_table, p_slots, p_pages, p_page_table, p_seq_lens, p_query_start,
     p_basis, p_signs, p_sign_bits, p_k_dims, p_v_dims, p_column_start, p_column_dim, p_column_level,
     ok_coef, ok_coef_scale, ok_raw, ok_codes, ok_scale, ok_zero,
     ov_coef, ov_coef_scale, ov_raw, ov_codes, ov_scale, ov_zero, ov_high,
     stride_k, stride_v, stride_block, stride_head, stride_token, stride_local_table,
-    stride_page, stride_page_table, signs_scale, S, M, B,
-    BB: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr,
+    stride_page, stride_page_table, signs_scale, S, M, B, T,
+    BT: tl.constexpr, BB: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr,
     ET: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr, V_BITS: tl.constexpr,
     SHARE: tl.constexpr, DTYPE: tl.constexpr,
     K_SMALL: tl.constexpr, K_CODES: tl.constexpr, K_RAW: tl.constexpr,
@@ -189,6 +192,8 @@ def seal_kernel(
     EXACT: tl.constexpr,
 ):  # fmt: skip
     i_h, i_x, step = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    store_tokens(p_k, p_v, p_local, p_slots, i_h, i_x, step, T, stride_k, stride_v, stride_block,
+                 stride_head, stride_token, D, BD, BLOCK, BT)  # fmt: skip
     done = 0
     for i_c in range(0, B, BB):
         o_b = i_c + tl.arange(0, BB)
@@ -221,22 +226,25 @@ def seal(
     v: Tensor,
     local: Tensor,
     local_table: Tensor,
+    slots: Tensor,
     pages: Tensor,
     page_table: Tensor,
     seq_lens: Tensor,
     query_start_loc: Tensor,
     sink_tokens: int,
 ) -> None:
-    """Seal every page whose last token is in this step.
+    """Store the tokens of this step and seal every page whose last token is among them.
 
     Parameters
     ----------
     k, v : Tensor [T, H, D]
         Tokens of this step, keys after RoPE; heads of a row contiguous.
     local : Tensor [blocks, H, block_size, 2 * D]
-        The local cache, with the tokens of a page that came before this step.
+        The local cache, with the tokens of a page that came before this step. Written in place.
     local_table, page_table : Tensor [B, max_blocks], [B, max_pages], int32
         By position, and by index of the page.
+    slots : Tensor [n], int64
+        Cells of the first n tokens; padding (negative) and the null block's cells are not written.
     pages : Tensor [blocks, page_bytes], uint8
         Written in place.
     seq_lens, query_start_loc : Tensor [B], [B + 1], int32
@@ -250,13 +258,13 @@ def seal(
     exact &= not (triton.knobs.runtime.interpret and k.dtype == torch.bfloat16)
     grid = (H, (PROGRAMS_PER_SM * tables.num_sms // H - 1) | 1)
     seal_kernel[grid](
-        k, v, local, local_table, pages, page_table, seq_lens, query_start_loc,
+        k, v, local, local_table, slots, pages, page_table, seq_lens, query_start_loc,
         tables.basis, tables.signs, tables.sign_bits, kt.dims, vt.dims,
         kt.column_start, kt.column_dim, kt.column_level, *kt.offsets, *tables.v_offsets,
         k.stride(0), v.stride(0), *local.stride()[:3], local_table.stride(0),
         pages.stride(0), page_table.stride(0), tables.signs_scale, sink_tokens,
-        max(m - 1, 0) if layout.fragments else m, len(seq_lens),
-        BB=128, H=H, D=D, BD=next_power_of_2(D), W=W, ET=8,
+        max(m - 1, 0) if layout.fragments else m, len(seq_lens), len(slots),
+        BT=TOKENS_AT_ONCE, BB=128, H=H, D=D, BD=next_power_of_2(D), W=W, ET=8,
         BK=min(128 if exact else 64, next_power_of_2(D)),
         BLOCK=local.shape[2], V_BITS=tables.v_bits, SHARE=range_share(tables.v_bits),
         DTYPE=TL_DTYPES[k.dtype],

@@ -1,4 +1,4 @@
-"""Sealing by Triton against the reference codec."""
+"""Storing and sealing by Triton against plain indexing and the reference codec."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check(
     dtype: str = "float16",
     fragments: bool = False,
 ) -> None:
-    """Requests with tokens in the local cache and in flight; what is not sealed stays as it was."""
+    """Requests with tokens in the local cache and in flight; what is not written stays as it was."""
     codec = codec_of(recipe, H, D, W, dtype, fragments)
     rng = torch.Generator().manual_seed(1)
     B, size = len(contexts), codec.layout.page_bytes
@@ -45,11 +45,24 @@ def check(
     pages = torch.full((B * per + 3, size + 256), 0xAB, dtype=torch.uint8)
     got = pages.clone().to(DEVICE)
     starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0)], dtype=torch.int32)
+    # Every third token has no cell.
+    cells = [
+        table[b, t // BLOCK] * BLOCK + t % BLOCK
+        for b, (context, n) in enumerate(zip(contexts, lens, strict=True))
+        for t in range(context, n)
+    ]
+    slots = torch.tensor([-1 if i % 3 == 0 else cell for i, cell in enumerate(cells)])
+    stored, expected_local = local.to(DEVICE, copy=True), local.clone()
+    for i, slot in enumerate(slots.tolist()):
+        if slot >= BLOCK:
+            expected_local[slot // BLOCK, :, slot % BLOCK] = torch.cat([k_new[i], v_new[i]], -1)
     seal.seal(
         tables.Tables.build(codec.layout, DEVICE),
-        *(x.to(DEVICE) for x in (k_new, v_new, local, table)), got, ids.to(DEVICE),
+        *(x.to(DEVICE) for x in (k_new, v_new)), stored, table.to(DEVICE), slots.to(DEVICE), got,
+        ids.to(DEVICE),
         torch.tensor(lens, dtype=torch.int32, device=DEVICE), starts.to(DEVICE), sinks,
     )  # fmt: skip
+    assert torch.equal(stored.cpu().nan_to_num(9e3), expected_local.nan_to_num(9e3))
     got = got.cpu()
     sealed = torch.zeros(len(pages), dtype=torch.bool)
     for b, (context, n) in enumerate(zip(contexts, lens, strict=True)):

@@ -7,6 +7,8 @@ requests alone, so that a decode step is one CUDA graph. Prompts go through `pre
 from __future__ import annotations
 
 import torch
+from vllm.utils.multi_stream_utils import maybe_execute_in_parallel
+from vllm.utils.torch_utils import aux_stream
 
 from fourier_vllm.engine.gpu_plan import GpuPlan, make_plan
 from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
@@ -19,7 +21,6 @@ from fourier_vllm.kernels.decode_raw import num_splits as num_raw_splits
 from fourier_vllm.kernels.reduce import reduce
 from fourier_vllm.kernels.seal import seal
 from fourier_vllm.kernels.split import num_splits
-from fourier_vllm.kernels.store import store
 from fourier_vllm.kernels.tables import Tables
 from fourier_vllm.page import PageLayout
 
@@ -52,6 +53,9 @@ class GpuPath:
         self.window, self.num_heads, self.scale, self.dtype = window, num_heads, scale, dtype
         self.max_pages = max_model_len // window.page_size
         self.max_num_seqs = max_num_seqs
+        self.events = [
+            torch.cuda.Event() if device.type == "cuda" else torch.Event(device) for _ in range(2)
+        ]
         self.prefill = Prefill(
             self.tables, window, attention, num_heads, dtype, max_model_len, max_num_tokens
         )
@@ -90,13 +94,13 @@ class GpuPath:
         plan = pages.once(
             local, window, lambda: make_plan(window, pages, local, self.prefill.capacity)
         )
-        store(step.k, step.v, step.local, local.slot_mapping[: len(step.k)])
         seal(
             self.tables,
             step.k,
             step.v,
             step.local,
             local.block_table,
+            local.slot_mapping[: len(step.k)],
             step.pages,
             pages.block_table,
             pages.seq_lens,
@@ -114,16 +118,24 @@ class GpuPath:
         splits, raw_splits = self.splits(n)
         acc, lse, columns = self.scratch(n)
         starts, seq_lens, num_pages = pages.query_start_loc, pages.seq_lens[:n], plan.num_pages[:n]
-        attend_pages(
-            self.tables, q, step.pages, pages.block_table, num_pages, starts, 1, self.scale,
-            window.sink_tokens, acc, lse, splits, columns, seq_lens, plan.gap_pages,
-            window.local_window,
-        )  # fmt: skip
-        attend_raw(
-            q, step.local, local.block_table, num_pages, plan.gap_pages, seq_lens, starts, 1,
-            self.scale, window.sink_tokens, window.local_window, window.page_size, acc, lse, splits,
-            raw_splits,
-        )  # fmt: skip
+
+        def sealed() -> None:
+            attend_pages(
+                self.tables, q, step.pages, pages.block_table, num_pages, starts, 1, self.scale,
+                window.sink_tokens, acc, lse, splits, columns, seq_lens, plan.gap_pages,
+                window.local_window,
+            )  # fmt: skip
+
+        def raw() -> None:
+            attend_raw(
+                q, step.local, local.block_table, num_pages, plan.gap_pages, seq_lens, starts, 1,
+                self.scale, window.sink_tokens, window.local_window, window.page_size, acc, lse,
+                splits, raw_splits,
+            )  # fmt: skip
+
+        # Branches of a graph cost nothing; otherwise events would take the host longer than they save.
+        is_graph = q.is_cuda and torch.cuda.is_current_stream_capturing()
+        maybe_execute_in_parallel(sealed, raw, *self.events, aux_stream() if is_graph else None)
         reduce(self.tables, acc, lse, splits, step.output[:n], None)
 
     def _warm_up(self) -> None:

@@ -60,20 +60,21 @@ class Prefill:
 
     def run(self, plan: GpuPlan, step: LayerStep) -> None:
         """Attend the requests after the first `plan.num_decodes`."""
-        k_all, v_all, part = self.scratch()
+        # In flight they lie token after token already.
+        scratch = [] if plan.in_flight else self.scratch()
         lse: torch.Tensor | None = None
         for piece in plan.pieces:
             rows, n = piece.queries, sum(piece.key_lens)
             q, out = step.q[rows], step.output[rows]
-            if plan.in_flight:
+            if not scratch:
                 k, v = step.k[rows], step.v[rows]
             else:
-                k, v = k_all[:n], v_all[:n]
+                k, v = (x[:n] for x in scratch[:2])
                 self._lay_out(plan, piece, step, k, v)
             if lse is None:
                 lse = self.attention(piece, q, k, v, out)
             else:
-                more = part[: len(q)]
+                more = scratch[2][: len(q)]
                 lse = self._add(out, lse, more, self.attention(piece, q, k, v, more))
             if piece.is_last:
                 lse = None
