@@ -58,6 +58,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 CONTEXTS = {4096: [4096], 32768: [1024, 8192, 32768], 131072: [131072]}  # by max_model_len
 FIT = "fit"  # a batch of as many requests of max_model_len as the cache holds
 TOGETHER = 64  # steps in which all requests of a batch decode
+REPEATED = 65536  # prompt tokens of a case, at least: short ones run several times, eight at most
 CHUNK = 8192  # tokens of a step
 MAX_SEQS = 160
 
@@ -128,14 +129,19 @@ def preemptions(llm: Any) -> int:
     return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
-def measure(llm: Any, context: int, batch: int) -> dict[str, Any]:
-    """Requests that end at `context` tokens, all sent at once; steps count while all of them decode."""
+def run_batch(llm: Any, context: int, batch: int, seed: int) -> tuple[list[float], list[float]]:
+    """Requests that end at `context` tokens, all sent at once.
+
+    Returns
+    -------
+    tuple of list of float
+        Seconds to each request's first token, and of every step in which all of them decode.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     # The first ones decode while the others are prefilled.
-    new = TOGETHER + 16 + -(-batch * context // CHUNK)
-    new = min(new, context // 2)
+    new = min(TOGETHER + 16 + -(-batch * context // CHUNK), context // 2)
     params = SamplingParams(
         temperature=0,
         max_tokens=new,
@@ -143,11 +149,11 @@ def measure(llm: Any, context: int, batch: int) -> dict[str, Any]:
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
-    rng = random.Random(context * batch)
+    rng = random.Random(f"{context} {batch} {seed}")
     prompts = [[rng.randrange(1000, 30000) for _ in range(context - new)] for _ in range(batch)]
-    engine, before = llm.llm_engine, preemptions(llm)
+    engine = llm.llm_engine
     for i, ids in enumerate(prompts):
-        engine.add_request(f"{context}-{batch}-{i}", {"prompt_token_ids": ids}, params)
+        engine.add_request(f"{context}-{batch}-{seed}-{i}", {"prompt_token_ids": ids}, params)
     begin = last = time.perf_counter()
     first: dict[str, float] = {}
     steps: list[float] = []
@@ -162,14 +168,25 @@ def measure(llm: Any, context: int, batch: int) -> dict[str, Any]:
             steps.append(now - last)
         if outputs:
             last, all_before = now, is_all
+    return list(first.values()), steps
+
+
+def measure(llm: Any, context: int, batch: int) -> dict[str, Any]:
+    """Medians over the runs of one case."""
+    before = preemptions(llm)
+    repeats = max(1, min(8, REPEATED // (batch * context)))
+    runs = [run_batch(llm, context, batch, seed) for seed in range(repeats)]
+    steps = [step for _, run in runs for step in run]
     step = statistics.median(steps)
+    low, *_, high = statistics.quantiles(steps, n=10)
     return {
         "context": context,
         "batch": batch,
-        "ttft_ms": round(1e3 * statistics.median(first.values()), 1),
-        "all_first_tokens_ms": round(1e3 * max(first.values()), 1),
+        "runs": repeats,
+        "ttft_ms": round(1e3 * statistics.median(t for times, _ in runs for t in times), 1),
+        "all_first_tokens_ms": round(1e3 * statistics.median(max(t) for t, _ in runs), 1),
         "itl_ms": round(1e3 * step, 3),
-        "itl_spread_ms": round(1e3 * (max(steps) - min(steps)), 3),
+        "itl_spread_ms": round(1e3 * (high - low), 3),
         "steps": len(steps),
         "output_tok_s": round(batch / step, 1),
         "preemptions": preemptions(llm) - before,
