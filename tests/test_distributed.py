@@ -7,6 +7,7 @@ import json
 import pytest
 
 from fourier_vllm.cli import main
+from fourier_vllm.distributed.cluster import Share, reason, share
 from fourier_vllm.distributed.output import Output
 from fourier_vllm.distributed.requests import scan
 
@@ -66,16 +67,19 @@ def test_refuses_a_missing_file(tmp_path):
         scan(tmp_path / "in", 8)
 
 
-def test_output_belongs_to_one_job(tmp_path):
+def test_output_belongs_to_one_job_once_it_holds_answers(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
     output = Output(tmp_path / "new" / "out")
-    with output.open({"model": "a", "max_tokens": 1}):
-        pass
-    with output.open({"model": "a", "max_tokens": 1}):
-        pass
-    with (
-        pytest.raises(ValueError, match="another max_tokens, model"),
-        output.open({"model": "b", "max_tokens": 2}),
-    ):
+    for job in ({"model": "a", "max_tokens": 1}, {"model": "b", "max_tokens": 2}):
+        with output.open(job):
+            assert output.finished() == set()
+    output.done.mkdir()
+    parquet.write_table(pa.table({"id": ["1", "2"]}), output.done / "x.parquet")
+    (output.done / "y.pending.parquet").touch()
+    with output.open({"model": "b", "max_tokens": 2}):
+        assert output.finished() == {"1", "2"}
+    with pytest.raises(ValueError, match="another max_tokens"), output.open({"model": "b"}):
         pass
 
 
@@ -101,6 +105,53 @@ def test_refuses_impossible_options(capsys, tmp_path, option, value):
     arguments = ["batch", "model", "--input", str(path), "--output", str(tmp_path / "out")]
     assert main([*arguments, option, value]) == 1
     assert option in capsys.readouterr().err
+
+
+def test_options_of_vllm():
+    from fourier_vllm.distributed.vllm_options import devices, parse
+
+    plain = parse(["--max-model-len", "2k", "--enforce-eager"], "batch")
+    assert plain == {"attention_backend": "fourier", "max_model_len": 2000, "enforce_eager": True}
+    assert devices(plain) == 1
+    stock = parse(["--attention-backend", "CPU_ATTN", "-tp", "2", "-pp", "3"], "batch")
+    assert stock["attention_backend"] == "CPU_ATTN"
+    assert devices(stock) == 6
+    with pytest.raises(ValueError, match="second model"):
+        parse(["--model", "other"], "deploy")
+
+
+def test_a_replica_stays_on_one_node(capsys, tmp_path):
+    pytest.importorskip("ray")
+    path = write(tmp_path / "in", GOOD)
+    arguments = ["batch", "model", "--input", str(path), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--", "--distributed-executor-backend", "ray"]) == 1
+    assert "leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_share_of_a_cluster(monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 32.0, "GPU": 4.0})
+    assert share(2, 2) == Share(num_cpus=0, num_gpus=2)
+    with pytest.raises(ValueError, match="3 replicas of 2 GPUs need 6, the Ray cluster has 4"):
+        share(3, 2)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 32.0})
+    assert share(4, 1) == Share(num_cpus=7, num_gpus=0)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    assert share(2, 1) == Share(num_cpus=0, num_gpus=0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Traceback\n  x\nValueError: the cause",
+        "Traceback\npkg.Error: 1 error for Config\n  Value error, the cause [type=v, input={}]\n  See",
+        "Traceback\nvllm.SomeError: the cause\nray.exceptions.UserCodeException: UDF failed",
+        "the cause",
+    ],
+)
+def test_reason_of_a_failure_elsewhere(text):
+    assert reason(text) == "the cause"
 
 
 def test_arguments_after_two_dashes_are_for_vllm_only(capsys, tmp_path):

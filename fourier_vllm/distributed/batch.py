@@ -32,6 +32,7 @@ def run(options: Options) -> int:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more.")
     if options.temperature < 0:
         raise ValueError("--temperature must be 0 (greedy) or more.")
+    cluster.require()
     source, output = options.input.absolute(), Output(options.output.absolute())
     batches = requests.scan(source, options.batch_size)
     engine = _engine(options)
@@ -77,7 +78,13 @@ def _answer(
         num_cpus=share.num_cpus,
         num_gpus=share.num_gpus,
     )
-    answers.write_json(str(output.answers), force_ascii=False)
+    try:
+        answers.write_json(str(output.answers), force_ascii=False)
+    except ray.exceptions.RayError as error:
+        raise ValueError(
+            f"a replica failed: {cluster.reason(str(error))}\n"
+            "What is answered is kept; the same command goes on from there."
+        ) from error
 
 
 def _engine(options: Options) -> dict[str, Any]:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 
-RESERVED_CPUS = (
-    2  # for reading, filtering and writing in a batch, for the HTTP ingress in a deployment
+# a batch reads, filters and writes with them, a deployment takes requests in
+RESERVED_CPUS = 2
+
+# the last line of a traceback that says what happened; Ray's own wrappers say only where
+REASON = re.compile(
+    r"^ *(?!ray\.exceptions)(?:\S*(?:Error|Exception): |Value error, )(.+?)(?: \[type=.*)?$",
+    re.MULTILINE,
 )
 
 
@@ -17,12 +24,16 @@ class Share:
     num_gpus: float
 
 
+def require() -> None:
+    """Refuse when Ray is not installed."""
+    if find_spec("ray") is None or find_spec("pyarrow") is None:
+        raise ValueError("Ray is not installed: pip install 'fourier-vllm[ray]'.")
+
+
 def connect() -> None:
     """Join the cluster of RAY_ADDRESS or of `ray start`, else start one on this machine."""
-    try:
-        import ray
-    except ImportError as error:
-        raise ValueError("Ray is not installed: pip install 'fourier-vllm[ray]'.") from error
+    import ray
+
     if not ray.is_initialized():
         ray.init()
 
@@ -48,3 +59,9 @@ def share(replicas: int, devices: int) -> Share:
             f"{gpus}: lower --replicas or --tensor-parallel-size, or add nodes."
         )
     return Share(num_cpus=0, num_gpus=devices)
+
+
+def reason(text: str) -> str:
+    """What went wrong in another process, in one line of the `text` that Ray brought."""
+    found = REASON.findall(text)
+    return found[-1] if found else text

@@ -32,7 +32,13 @@ def add_batch(commands: Commands) -> None:
         metavar="N",
         help="requests an engine takes at once, and rows of an output file; default: %(default)s",
     )
-    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="of an answer")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="of an answer; default: %(default)s",
+    )
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="default: %(default)s, greedy"
     )

@@ -28,19 +28,33 @@ def run(options: Options) -> int:
     """Serve until Ctrl-C; returns the exit code."""
     if options.replicas < 1:
         raise ValueError("--replicas must be 1 or more.")
+    cluster.require()
     engine = vllm_options.parse(options.vllm_args, "deploy")
     cluster.connect()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `finally` runs
     share = cluster.share(options.replicas, vllm_options.devices(engine))
     from ray import serve
 
     serve.start(http_options=serve.HTTPOptions(host=options.host, port=options.port))
     try:
-        serve.run(_application(options, engine, share), name=NAME)
+        _start(_application(options, engine, share))
         print(f"serving at http://{options.host}:{options.port}/v1 until Ctrl-C", flush=True)
-        _wait()
+        with suppress(KeyboardInterrupt):
+            signal.pause()
     finally:
         serve.delete(NAME)
     return 0
+
+
+def _start(application: Any) -> None:
+    from ray import serve
+
+    try:
+        serve.run(application, name=NAME)
+    except RuntimeError as error:  # says that it failed; the status says why
+        deployments = serve.status().applications[NAME].deployments.values()
+        why = "\n".join(deployment.message for deployment in deployments)
+        raise ValueError(f"the replicas did not start: {cluster.reason(why)}") from error
 
 
 def _application(options: Options, engine: dict[str, Any], share: cluster.Share) -> Any:
@@ -63,9 +77,3 @@ def _application(options: Options, engine: dict[str, Any], share: cluster.Share)
         placement_group_config=placement,
     )
     return build_openai_app({"llm_configs": [config]})
-
-
-def _wait() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt):
-        signal.pause()

@@ -42,30 +42,32 @@ class Output:
             When it holds something else, or another process holds it.
         """
         record = self.folder / "job.json"
-        if record.is_file():
-            before = json.loads(record.read_text(encoding="utf-8"))
-            names = sorted(job.keys() | before.keys())
-            if changed := [name for name in names if job.get(name) != before.get(name)]:
-                raise ValueError(
-                    f"--output {self.folder} holds answers made with another "
-                    f"{', '.join(changed)} (see job.json there): choose another folder."
-                )
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        known = record.is_file() or not self.folder.exists()
+        if not known and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ValueError(
                 f"--output {self.folder} was not made by batch: choose a new folder or empty it."
             )
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            unfinished = record.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
-            unfinished.rename(record)
-        with record.open() as handle:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with record.open("a+", encoding="utf-8") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
             except OSError as error:
                 raise ValueError(
                     f"--output {self.folder}: another batch is writing there; wait for it."
                 ) from error
+            handle.seek(0)
+            before = json.loads(handle.read() or "{}")
+            if before != job:
+                if self.finished():
+                    names = sorted(before.keys() | job.keys())
+                    changed = [name for name in names if before.get(name) != job.get(name)]
+                    raise ValueError(
+                        f"--output {self.folder} holds answers made with another "
+                        f"{', '.join(changed)} (see job.json there): choose another folder."
+                    )
+                handle.truncate(0)
+                handle.write(json.dumps(job, indent=2) + "\n")
+                handle.flush()
             yield
 
     def finished(self) -> set[str]:
