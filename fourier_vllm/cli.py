@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code."""
-    args = build_parser().parse_args(argv)
+    args = _parse(list(sys.argv[1:] if argv is None else argv))
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
@@ -28,12 +28,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Everything after the first `--` goes to vLLM, wherever argparse would look for positionals."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv[:cut])
+    if argv[cut + 1 :] and not hasattr(args, "vllm_args"):
+        parser.error(f"{args.command} takes no arguments after --")
+    if argv[cut + 1 :]:
+        args.vllm_args = [*args.vllm_args, *argv[cut + 1 :]]
+    return args
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every subcommand."""
     parser = argparse.ArgumentParser(
         prog="fourier-vllm", description="Fourier KV cache for vLLM: tools around the plugin."
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    from fourier_vllm.distributed.commands import add_batch, add_deploy
+
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         _add_doctor,
@@ -43,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
         _add_inspect,
         _add_eval,
         _add_report,
+        add_batch,
+        add_deploy,
     ):
         add(commands)
     return parser
