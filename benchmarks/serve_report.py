@@ -1,0 +1,167 @@
+"""Tables and plots of docs/results.md, from what benchmarks/serve.py wrote.
+
+    python benchmarks/serve_report.py [--results benchmarks/results/serve.json] [--page docs/results.md]
+
+Tables go between the page's markers, `<!-- NAME -->` and `<!-- end -->`; the picture lies beside the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+END = "<!-- end -->"
+COLORS = {
+    "stock": "#7f7f7f",
+    "fp8": "#1f77b4",
+    "turboquant": "#9467bd",
+    "fourier": "#d62728",
+    "fourier exact": "#ff7f0e",
+}
+
+Row = dict[str, Any]
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], num_names: int = 1) -> str:
+    rules = ["---"] * num_names + ["---:"] * (len(head) - num_names)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rules, *rows])
+
+
+def name_of(row: Row) -> str:
+    return row["engine"] + (f", {row['gpus']} GPUs" if row["gpus"] > 1 else "")
+
+
+def names(rows: list[Row]) -> list[str]:
+    """Engines, stock first."""
+    found = dict.fromkeys(name_of(row) for row in rows)
+    return sorted(found, key=lambda name: name != "stock")
+
+
+def ratio(x: float, stock: float | None) -> str:
+    return f" ({x / stock:.2f}x)" if stock and x != stock else ""
+
+
+def pivot(rows: list[Row], keys: Sequence[str], value: str, digits: int) -> str:
+    """A line for every combination of `keys`, a column an engine, each with its ratio to stock."""
+    engines = names(rows)
+    cells: dict[tuple[int, ...], dict[str, float]] = {}
+    for row in rows:
+        cells.setdefault(tuple(row[k] for k in keys), {})[name_of(row)] = row[value]
+    lines = []
+    for key, line in sorted(cells.items()):
+        found = [
+            f"{line[name]:,.{digits}f}{ratio(line[name], line.get('stock'))}"
+            if name in line
+            else ""
+            for name in engines
+        ]
+        lines.append([*(f"{k:,}" for k in key), *found])
+    return markdown([*(k.replace("_", " ") for k in keys), *engines], lines, 0)
+
+
+def fitting(rows: list[Row]) -> str:
+    """What the largest batches give."""
+    stock = {row["context"]: row["output_tok_s"] for row in rows if name_of(row) == "stock"}
+    lines = [
+        [
+            name_of(row),
+            f"{row['context']:,}",
+            str(row["batch"]),
+            f"{row['itl_ms']:.1f}",
+            f"{row['output_tok_s']:,.0f}{ratio(row['output_tok_s'], stock.get(row['context']))}",
+            str(row["preemptions"]),
+            f"{row['peak_gib']:.1f}",
+        ]
+        for row in sorted(rows, key=lambda r: (r["context"], name_of(r) != "stock"))
+    ]
+    head = ["engine", "context", "requests", "ITL, ms", "output tokens/s", "preempted", "GPU, GiB"]
+    return markdown(head, lines)
+
+
+def line_of(rows: list[Row]) -> tuple[float, float]:
+    """Slope and intercept of ITL, ms, over a request's context."""
+    slope, intercept = np.polyfit([r["context"] for r in rows], [r["itl_ms"] for r in rows], 1)
+    return float(slope), float(intercept)
+
+
+def slopes(rows: list[Row]) -> str:
+    lines = []
+    for batch in sorted({row["batch"] for row in rows}):
+        for name in names(rows):
+            some = [r for r in rows if r["batch"] == batch and name_of(r) == name]
+            if len(some) > 1:
+                slope, intercept = line_of(some)
+                lines.append([name, str(batch), f"{1e6 * slope:.1f}", f"{intercept:.2f}"])
+    return markdown(["engine", "batch", "ns a token of context", "at no context, ms"], lines)
+
+
+def draw(rows: list[Row], sizes: list[Row], file: Path) -> None:
+    """Capacity, decode steps at batch 8 and throughput of the largest batches."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    one = [row for row in rows if row["gpus"] == 1]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    lens = sorted({row["max_model_len"] for row in sizes})
+    engines = names(one)
+    for i, name in enumerate(engines):
+        color = COLORS[name]
+        some = {r["max_model_len"]: r["kv_tokens"] / 1e6 for r in sizes if name_of(r) == name}
+        at = [lens.index(x) + (i - len(engines) / 2 + 0.5) * 0.8 / len(engines) for x in some]
+        left.bar(at, list(some.values()), 0.8 / len(engines), color=color, label=name)
+        steps = sorted(
+            (r["context"], r["itl_ms"])
+            for r in one
+            if name_of(r) == name and r["batch"] == 8 and not r["fit"]
+        )
+        if steps:
+            middle.plot(*zip(*steps, strict=True), "o-", color=color, label=name)
+        fit = [r for r in one if name_of(r) == name and r["fit"]]
+        for row in fit:
+            label = f"{row['batch']} x {row['context'] // 1024}k"
+            bar = right.bar(f"{name}\n{label}", row["output_tok_s"], color=color)
+            right.bar_label(bar, fmt="{:,.0f}")
+    left.set_xticks(range(len(lens)), [f"{x:,}" for x in lens])
+    left.set(xlabel="max_model_len", ylabel="million tokens", title="KV capacity")
+    left.legend(frameon=False)
+    middle.set(xlabel="context, tokens", ylabel="ms", title="decode step, batch 8", ylim=(0, None))
+    right.set(ylabel="tokens/s", title="decode, as many as fit")
+    right.margins(y=0.15)
+    figure.savefig(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/serve.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md")
+    args = parser.parse_args()
+    rows = [row for row in json.loads(args.results.read_text()) if "error" not in row]
+    measured = [row for row in rows if "context" in row]
+    fit = [row for row in measured if row["fit"]]
+    steps = [row for row in measured if not row["fit"]]
+    tables = {
+        "capacity": pivot(rows, ("max_model_len",), "kv_tokens", 0),
+        "steps": pivot(steps, ("context", "batch"), "itl_ms", 2),
+        "prompts": pivot(steps, ("context", "batch"), "all_first_tokens_ms", 0),
+        "slopes": slopes(steps),
+        "fit": fitting(fit),
+    }
+    page = args.page.read_text()
+    for name, made in tables.items():
+        before, rest = page.split(f"<!-- {name} -->")
+        _, after = rest.split(END, 1)
+        page = f"{before}<!-- {name} -->\n{made}\n{END}{after}"
+    args.page.write_text(page)
+    draw(measured, rows, args.page.with_name("serve.svg"))
+
+
+if __name__ == "__main__":
+    main()
