@@ -25,6 +25,17 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
 
 
+def texts_of(args: argparse.Namespace) -> list[str]:
+    """The contexts' texts; those of one Python's manuals can be taken to another machine."""
+    from fourier_vllm.evaluation.text import documents
+
+    if args.texts is None:
+        return documents(args.contexts, 6 * args.tokens)
+    if not args.texts.exists():
+        args.texts.write_text(json.dumps(documents(args.contexts, 6 * args.tokens)))
+    return json.loads(args.texts.read_text())[: args.contexts]
+
+
 def score(model: str, fourier: dict[str, Any] | None, args: argparse.Namespace) -> dict[str, Any]:
     """Count right answers with one backend."""
     from transformers import AutoTokenizer
@@ -32,10 +43,9 @@ def score(model: str, fourier: dict[str, Any] | None, args: argparse.Namespace) 
 
     from fourier_vllm.evaluation.engine_session import running
     from fourier_vllm.evaluation.needles import is_correct, needle_questions
-    from fourier_vllm.evaluation.text import documents
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = documents(args.contexts, 6 * args.tokens)
+    texts = texts_of(args)
     contexts = needle_questions(
         texts, lambda s: tokenizer(s, add_special_tokens=False).input_ids, args.tokens
     )
@@ -84,6 +94,9 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=4096, help="max_num_batched_tokens")
     parser.add_argument("--targets", nargs="*", default=["balanced"])
     parser.add_argument("--prefill", nargs="*", default=["windowed"])
+    parser.add_argument(
+        "--texts", type=Path, help="JSON list of texts; written where it is missing"
+    )
     parser.add_argument("--no-stock", action="store_true")
     parser.add_argument("--out", default=str(ROOT / "benchmarks/results/needles.json"))
     args = parser.parse_args()
