@@ -1,0 +1,58 @@
+"""The tables in docs/ are those that the committed results give."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def benchmark(root: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, root / f"benchmarks/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("script", "page", "options"),
+    [("tables", "performance.md", ["--write"]), ("serve_report", "results.md", [])],
+)
+def test_pages_are_up_to_date(root, tmp_path, script, page, options):
+    before = (root / "docs" / page).read_text()
+    copy = tmp_path / page
+    copy.write_text(before)
+    command = [sys.executable, root / f"benchmarks/{script}.py", *options, "--page", copy]
+    subprocess.run(command, check=True, timeout=120)
+    assert copy.read_text() == before
+
+
+def test_a_cell_has_its_ratio_to_stock(root):
+    report = benchmark(root, "serve_report")
+    rows = [
+        {"engine": name, "gpus": gpus, "context": 1024, "batch": 8, "itl_ms": ms}
+        for name, gpus, ms in (("fourier", 1, 3.0), ("stock", 1, 4.0), ("fourier", 2, 2.0))
+    ]
+    assert report.pivot(rows, ("context", "batch"), "itl_ms", 1).splitlines() == [
+        "| context | batch | stock | fourier | fourier, 2 GPUs |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+        "| 1,024 | 8 | 4.0 | 3.0 (0.75x) | 2.0 (0.50x) |",
+    ]
+
+
+def test_the_largest_batch_is_of_the_longest_requests(root):
+    import argparse
+
+    serve = benchmark(root, "serve")
+    args = argparse.Namespace(batches=["1", "8", "fit"], max_prefill=1 << 22)
+    found = list(serve.cases(args, 32768, 400_000))
+    assert found[-1] == (32768, 12, True)
+    assert [(c, b) for c, b, is_fit in found if not is_fit] == [
+        (c, b) for c in (1024, 8192, 32768) for b in (1, 8)
+    ]
