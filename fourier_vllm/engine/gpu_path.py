@@ -53,9 +53,9 @@ class GpuPath:
         self.window, self.num_heads, self.scale, self.dtype = window, num_heads, scale, dtype
         self.max_pages = max_model_len // window.page_size
         self.max_num_seqs = max_num_seqs
-        self.events = [
-            torch.cuda.Event() if device.type == "cuda" else torch.Event(device) for _ in range(2)
-        ]
+        is_cuda = device.type == "cuda"
+        self.side_stream = aux_stream() if is_cuda else None
+        self.events = [torch.cuda.Event() if is_cuda else torch.Event(device) for _ in range(2)]
         self.prefill = Prefill(
             self.tables, window, attention, num_heads, dtype, max_model_len, max_num_tokens
         )
@@ -135,7 +135,8 @@ class GpuPath:
 
         # Branches of a graph cost nothing; otherwise events would take the host longer than they save.
         is_graph = q.is_cuda and torch.cuda.is_current_stream_capturing()
-        maybe_execute_in_parallel(sealed, raw, *self.events, aux_stream() if is_graph else None)
+        stream = self.side_stream if is_graph else None
+        maybe_execute_in_parallel(sealed, raw, *self.events, stream)
         reduce(self.tables, acc, lse, splits, step.output[:n], None)
 
     def _warm_up(self) -> None:
