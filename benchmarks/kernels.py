@@ -24,6 +24,7 @@ from turboquant import turboquant
 from fourier_vllm.calibration.allocate import allocate_bits, page_budget
 from fourier_vllm.evaluation.machine import commit, machine, versions
 from fourier_vllm.kernels import decode, decode_raw, reduce, seal
+from fourier_vllm.kernels.batch import Batch
 from fourier_vllm.kernels.split import num_splits
 from fourier_vllm.kernels.tables import Tables
 from fourier_vllm.page import PageLayout
@@ -142,19 +143,21 @@ class Decode:
         columns = (batch, Hq, self.tables.num_columns)
         self.columns = torch.empty(columns, dtype=torch.float16, device="cuda")
         self.out = torch.empty_like(self.q)
+        self.requests = Batch(
+            self.q, self.starts, self.page_table, self.num_pages, self.scale, SINKS,
+            seq_lens=self.seq_lens, gap_pages=self.gaps, local_window=WINDOW,
+        )  # fmt: skip
 
     def pages_only(self) -> None:
         decode.attend_pages(
-            self.tables, self.q, self.pages, self.page_table, self.num_pages, self.starts, 1,
-            self.scale, SINKS, self.acc, self.lse, self.splits, self.columns, self.seq_lens,
-            self.gaps, WINDOW,
-        )  # fmt: skip
+            self.tables, self.requests, self.pages, self.acc, self.lse, self.splits, self.columns
+        )
 
     def step(self) -> None:
         self.pages_only()
         decode_raw.attend_raw(
-            self.q, self.local, self.table, self.num_pages, self.gaps, self.seq_lens, self.starts,
-            1, self.scale, SINKS, WINDOW, W, self.acc, self.lse, self.splits, self.raw_splits,
+            self.requests, self.local, self.table, W, self.acc, self.lse, self.splits,
+            self.raw_splits,
         )  # fmt: skip
         reduce.reduce(self.tables, self.acc, self.lse, self.splits, self.out, None)
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fourier_vllm.kernels.batch import Batch
 from fourier_vllm.kernels.decode_fragments import attend_fragment_pages
 from fourier_vllm.kernels.page_attention import (
     channel_values,
@@ -131,73 +132,47 @@ def pages_kernel(
 
 def attend_pages(
     tables: Tables,
-    q: Tensor,
+    batch: Batch,
     pages: Tensor,
-    page_table: Tensor,
-    num_pages: Tensor,
-    query_start_loc: Tensor,
-    max_query_len: int,
-    sm_scale: float,
-    sink_tokens: int,
     acc: Tensor,
     lse: Tensor,
     splits: int,
     columns: Tensor,
-    seq_lens: Tensor | None = None,
-    gap_pages: Tensor | None = None,
-    local_window: int = 0,
 ) -> None:
     """Partial attention of every query token over the pages it reads.
 
     Parameters
     ----------
-    q : Tensor [T, Hq, D]
-        16 bits or float32; a row's heads contiguous.
     pages : Tensor [blocks, page_bytes], uint8
         A block may be wider than a page.
-    page_table, num_pages : Tensor [B, max_pages], [B], int32
-        Pages of each request.
-    query_start_loc : Tensor [B + 1], int32
-        First query token of each request; a request may have none.
-    max_query_len : int
-        Query tokens of a request, at most.
-    sink_tokens : int
-        First tokens of a request, which are not read from pages.
     acc, lse : Tensor [T, Hq, n, D], [T, Hq, n], float32
         The first `splits` of n parts are written: normalised outputs (in V's rotated basis) and base-2
         log-sum-exps, -inf where there is nothing.
     columns : Tensor [T, Hq, tables.num_columns], float16
         Scratch.
-    seq_lens, gap_pages : Tensor [B], int32, optional
-        Tokens of each request, its queries included: query tokens read pages as their own lengths say,
-        and at least `gap_pages`. Without them all read `num_pages`.
-    local_window : int
-        L, with `seq_lens`.
     """
     if tables.layout.fragments:
-        attend_fragment_pages(
-            tables, q, pages, page_table, num_pages, query_start_loc, max_query_len, sm_scale,
-            sink_tokens, acc, lse, splits, columns, seq_lens, gap_pages, local_window,
-        )  # fmt: skip
+        attend_fragment_pages(tables, batch, pages, acc, lse, splits, columns)
         return
+    q, num_pages, gap_pages, seq_lens = batch.q, batch.num_pages, batch.gap_pages, batch.seq_lens
     _, Hq, D = q.shape
     layout = tables.layout
     H, W, m = layout.num_kv_heads, layout.page_size, layout.coefficients
     G, B = Hq // H, len(num_pages)
-    rows = max_query_len * G
+    rows = batch.max_query_len * G
     BM = min(64, next_power_of_2(rows, MIN_ROWS))
     k, v = tables.k, tables.v
     is_small = BM <= 16 and W * D <= 128 * 128
     fits_a_warp = is_small and 0 < tables.v_bits < 16 and not k.has_raw and len(tables.basis) <= 16
     grid = (triton.cdiv(rows, BM) * splits, H, B)
     pages_kernel[grid](
-        q, pages, page_table, num_pages,
+        q, pages, batch.page_table, num_pages,
         num_pages if gap_pages is None else gap_pages,
         num_pages if seq_lens is None else seq_lens,
-        query_start_loc, acc, lse, tables.basis,
+        batch.query_start_loc, acc, lse, tables.basis,
         *k.tensors(), *v.tensors(), *k.offsets, *tables.v_offsets,
-        q.stride(0), pages.stride(0), page_table.stride(0), sm_scale * LOG2_E, sink_tokens,
-        local_window, m, splits, acc.shape[2],
+        q.stride(0), pages.stride(0), batch.page_table.stride(0), batch.sm_scale * LOG2_E,
+        batch.sink_tokens, batch.local_window, m, splits, acc.shape[2],
         H=H, G=G, D=D, BD=next_power_of_2(D), W=W, MC=len(tables.basis) if m else 0, BM=BM, BN=64,
         CAUSAL=seq_lens is not None, V_BITS=tables.v_bits,
         DTYPE=TL_DTYPES[q.dtype], ASM=q.is_cuda and torch.version.hip is None,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fourier_vllm.kernels.batch import Batch
 from fourier_vllm.kernels.codecs_fragments import run_of
 from fourier_vllm.kernels.fragments import (
     UNIT,
@@ -134,8 +135,8 @@ def fragment_pages_kernel(
     p_q, p_columns, p_pages, p_page_table, p_num_pages, p_gap_pages, p_seq_lens, p_query_start,
     p_acc, p_lse, p_basis, p_column_start,
     ok_coef, ok_coef_scale, ok_codes, ok_scale, ok_zero, ov_codes, ov_scale, ov_zero, ov_high,
-    stride_q, stride_columns, stride_page, stride_table, q_scale, S, L, M, splits,
-    num_splits,
+    stride_q, stride_columns, stride_page, stride_table, q_scale, S, L, M,
+    splits, num_splits,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr,
     BM: tl.constexpr, NT: tl.constexpr, CAUSAL: tl.constexpr,
     MANY: tl.constexpr, V_BITS: tl.constexpr, EV: tl.constexpr, EH: tl.constexpr, ASM: tl.constexpr,
@@ -251,42 +252,34 @@ def fragment_pages_kernel(
 
 def attend_fragment_pages(
     tables: Tables,
-    q: Tensor,
+    batch: Batch,
     pages: Tensor,
-    page_table: Tensor,
-    num_pages: Tensor,
-    query_start_loc: Tensor,
-    max_query_len: int,
-    sm_scale: float,
-    sink_tokens: int,
     acc: Tensor,
     lse: Tensor,
     splits: int,
     columns: Tensor,
-    seq_lens: Tensor | None,
-    gap_pages: Tensor | None,
-    local_window: int,
 ) -> None:
     """What `decode.attend_pages` does, of pages in fragment order."""
+    q, num_pages, gap_pages, seq_lens = batch.q, batch.num_pages, batch.gap_pages, batch.seq_lens
     _, Hq, D = q.shape
     layout, k = tables.layout, tables.k
     H, W = layout.num_kv_heads, layout.page_size
     G, B = Hq // H, len(num_pages)
-    rows = max_query_len * G
-    query_columns(tables, q, sm_scale, columns)
+    rows = batch.max_query_len * G
+    query_columns(tables, q, batch.sm_scale, columns)
     ok_coef, ok_coef_scale, _, *ok_rest = k.offsets
     *_, ov_codes, ov_scale, ov_zero, ov_high = tables.v_offsets
     fragment_pages_kernel[(triton.cdiv(rows, MIN_ROWS) * splits, H, B)](
-        q, columns.view(torch.int32), pages, page_table, num_pages,
+        q, columns.view(torch.int32), pages, batch.page_table, num_pages,
         num_pages if gap_pages is None else gap_pages,
         num_pages if seq_lens is None else seq_lens,
-        query_start_loc, acc, lse, tables.fragment_basis, k.column_start,
+        batch.query_start_loc, acc, lse, tables.fragment_basis, k.column_start,
         ok_coef, ok_coef_scale, *ok_rest, ov_codes, ov_scale, ov_zero, ov_high,
-        q.stride(0), tables.num_columns // 2, pages.stride(0), page_table.stride(0),
-        sm_scale * LOG2_E, sink_tokens, local_window, max(layout.coefficients - 1, 0), splits,
-        acc.shape[2],
+        q.stride(0), tables.num_columns // 2, pages.stride(0), batch.page_table.stride(0),
+        batch.sm_scale * LOG2_E, batch.sink_tokens, batch.local_window,
+        max(layout.coefficients - 1, 0), splits, acc.shape[2],
         H=H, G=G, D=D, BD=max(64, next_power_of_2(D)), W=W, BM=MIN_ROWS, NT=4,
-        CAUSAL=seq_lens is not None, MANY=max_query_len > 1, V_BITS=tables.v_bits,
+        CAUSAL=seq_lens is not None, MANY=batch.max_query_len > 1, V_BITS=tables.v_bits,
         EV=run_of(D // 8), EH=run_of(D // 16),
         ASM=q.is_cuda and torch.version.hip is None, num_warps=1, num_stages=1,
     )  # fmt: skip

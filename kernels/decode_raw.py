@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fourier_vllm.kernels.batch import Batch
 from fourier_vllm.kernels.split import BATCH_POINTERS, LOG2_E, TL_DTYPES, first_raw, query_rows
 from fourier_vllm.kernels.tables import next_power_of_2
 
@@ -82,17 +83,9 @@ def num_splits(batch: int, num_kv_heads: int, num_sms: int) -> int:
 
 
 def attend_raw(
-    q: Tensor,
+    batch: Batch,
     local: Tensor,
     block_table: Tensor,
-    num_pages: Tensor,
-    gap_pages: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    max_query_len: int,
-    sm_scale: float,
-    sink_tokens: int,
-    local_window: int,
     page_size: int,
     acc: Tensor,
     lse: Tensor,
@@ -106,25 +99,28 @@ def attend_raw(
 
     Parameters
     ----------
-    q : Tensor [T, Hq, D]
-    local : Tensor [blocks, H, block_size, 2 * D], dtype of `q`
+    batch : Batch
+        With lengths.
+    local : Tensor [blocks, H, block_size, 2 * D], dtype of the queries
         K and V of a token side by side.
     block_table : Tensor [B, max_blocks], int32
         By position; entries that nobody reads may be anything.
     acc, lse : Tensor [T, Hq, n, D], [T, Hq, n], float32
         Parts `first_split` to `first_split + splits` are written, see `attend_pages`.
     """
+    q, seq_lens = batch.q, batch.seq_lens
+    assert seq_lens is not None
     _, Hq, D = q.shape
     H = local.shape[1]
     G = Hq // H
-    rows = max_query_len * G
+    rows = batch.max_query_len * G
     BM = min(64, next_power_of_2(rows))
     # Triton's interpreter multiplies bfloat16 as if it were integers.
     interpreted = triton.knobs.runtime.interpret
     raw_kernel[(triton.cdiv(rows, BM) * splits, H, len(seq_lens))](
-        q, local, block_table, num_pages, gap_pages, seq_lens, query_start_loc, acc, lse,
-        q.stride(0), *local.stride()[:3], block_table.stride(0), sm_scale * LOG2_E,
-        sink_tokens, local_window, splits, first_split, acc.shape[2],
+        q, local, block_table, batch.num_pages, batch.gap_pages, seq_lens, batch.query_start_loc,
+        acc, lse, q.stride(0), *local.stride()[:3], block_table.stride(0), batch.sm_scale * LOG2_E,
+        batch.sink_tokens, batch.local_window, splits, first_split, acc.shape[2],
         G=G, D=D, BD=next_power_of_2(D), W=page_size, BLOCK=local.shape[2],
         BM=BM, BT=64,
         DOT=tl.float32 if interpreted else TL_DTYPES[q.dtype], num_warps=4, num_stages=2,

@@ -5,22 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fourier_vllm.kernels.batch import Batch
 from fourier_vllm.kernels.decode import attend_pages
 from fourier_vllm.kernels.reduce import reduce
 from fourier_vllm.kernels.tables import Tables
 
 
-def prefill_pages(
-    tables: Tables,
-    q: Tensor,
-    pages: Tensor,
-    page_table: Tensor,
-    num_pages: Tensor,
-    query_start_loc: Tensor,
-    max_query_len: int,
-    sm_scale: float,
-    sink_tokens: int,
-) -> tuple[Tensor, Tensor]:
+def prefill_pages(tables: Tables, batch: Batch, pages: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over pages alone, to be merged with attention over raw tokens and the chunk itself.
 
     Parameters are those of `attend_pages`.
@@ -31,24 +22,12 @@ def prefill_pages(
         Outputs [T, Hq, D] of the dtype of `q` and natural log-sum-exps [T, Hq], float32: 0 and -inf
         where a request has no pages.
     """
+    q = batch.q
     T, Hq, D = q.shape
     acc = torch.empty(T, Hq, 1, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(T, Hq, 1, dtype=torch.float32, device=q.device)
-    attend_pages(
-        tables,
-        q,
-        pages,
-        page_table,
-        num_pages,
-        query_start_loc,
-        max_query_len,
-        sm_scale,
-        sink_tokens,
-        acc,
-        lse,
-        splits=1,
-        columns=torch.empty(T, Hq, tables.num_columns, dtype=torch.float16, device=q.device),
-    )
+    columns = torch.empty(T, Hq, tables.num_columns, dtype=torch.float16, device=q.device)
+    attend_pages(tables, batch, pages, acc, lse, 1, columns)
     out, out_lse = torch.empty_like(q), torch.empty(T, Hq, dtype=torch.float32, device=q.device)
     reduce(tables, acc, lse, 1, out, out_lse)
     return out, out_lse

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fourier_vllm.kernels import decode, decode_raw, prefill, reduce, tables
+from fourier_vllm.kernels.batch import Batch
 from tests.numerics import DTYPES, assert_close
 from tests.test_reference import FRAGMENT_RECIPES, RECIPES, codec_of, tokens
 from tests.triton_kernels import DEVICE, needs_triton
@@ -117,16 +118,15 @@ class Case:
         )
         acc = torch.full((T, Hq, splits + raw_splits, D), torch.nan, device=DEVICE)
         lse = torch.full((T, Hq, splits + raw_splits), torch.nan, device=DEVICE)
-        longest, scale = max(self.query_lens), D**-0.5
         columns = torch.empty(T, Hq, at.num_columns, dtype=torch.float16, device=DEVICE)
-        decode.attend_pages(
-            at, q, cache, page_table, num_pages, starts, longest, scale, self.sinks, acc, lse,
-            splits, columns, seq_lens, gaps, self.window,
+        requests = Batch(
+            q, starts, page_table, num_pages, D**-0.5, self.sinks, max(self.query_lens), seq_lens,
+            gaps, self.window,
         )  # fmt: skip
+        decode.attend_pages(at, requests, cache, acc, lse, splits, columns)
         decode_raw.attend_raw(
-            q, local, table, num_pages, gaps, seq_lens, starts, longest, scale, self.sinks,
-            self.window, self.codec.layout.page_size, acc, lse, splits, raw_splits,
-        )  # fmt: skip
+            requests, local, table, self.codec.layout.page_size, acc, lse, splits, raw_splits
+        )
         out = torch.empty_like(q)
         reduce.reduce(at, acc, lse, splits, out, None)
         return out.cpu()
@@ -186,10 +186,10 @@ def test_a_chunk_over_the_pages_before_it() -> None:
         x.to(DEVICE) for x in (case.q, case.cache, case.page_table, case.starts())
     )
     num_pages = torch.tensor(case.num_pages, dtype=torch.int32, device=DEVICE)
-    out, lse = prefill.prefill_pages(
-        case.layout_tables(), q, cache, page_table, num_pages, starts, 40, q.shape[-1] ** -0.5,
-        case.sinks,
-    )  # fmt: skip
+    requests = Batch(
+        q, starts, page_table, num_pages, q.shape[-1] ** -0.5, case.sinks, max_query_len=40
+    )
+    out, lse = prefill.prefill_pages(case.layout_tables(), requests, cache)
     assert_close("out", case.expected(pages_only=True), out.cpu(), TOLERANCE["bfloat16"])
     assert torch.equal(
         lse.isinf()[:, 0].cpu(), torch.tensor([False] * 40 + [True] * 3 + [False] * 7)

@@ -15,6 +15,7 @@ from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
 from fourier_vllm.engine.plan import Window
 from fourier_vllm.engine.prefill import Prefill
 from fourier_vllm.engine.prompt_attention import PromptAttention
+from fourier_vllm.kernels.batch import Batch
 from fourier_vllm.kernels.decode import attend_pages
 from fourier_vllm.kernels.decode_raw import attend_raw
 from fourier_vllm.kernels.decode_raw import num_splits as num_raw_splits
@@ -114,27 +115,29 @@ class GpuPath:
 
     def _decode(self, plan: GpuPlan, step: LayerStep) -> None:
         n, window = plan.num_decodes, self.window
-        q, pages, local = step.q[:n], step.metadata, step.local_metadata
+        pages, table = step.metadata, step.local_metadata.block_table[:n]
         splits, raw_splits = self.splits(n)
         acc, lse, columns = self.scratch(n)
-        starts, seq_lens, num_pages = pages.query_start_loc, pages.seq_lens[:n], plan.num_pages[:n]
+        batch = Batch(
+            step.q[:n],
+            pages.query_start_loc,
+            pages.block_table[:n],
+            plan.num_pages[:n],
+            self.scale,
+            window.sink_tokens,
+            seq_lens=pages.seq_lens[:n],
+            gap_pages=plan.gap_pages,
+            local_window=window.local_window,
+        )
 
         def sealed() -> None:
-            attend_pages(
-                self.tables, q, step.pages, pages.block_table, num_pages, starts, 1, self.scale,
-                window.sink_tokens, acc, lse, splits, columns, seq_lens, plan.gap_pages,
-                window.local_window,
-            )  # fmt: skip
+            attend_pages(self.tables, batch, step.pages, acc, lse, splits, columns)
 
         def raw() -> None:
-            attend_raw(
-                q, step.local, local.block_table, num_pages, plan.gap_pages, seq_lens, starts, 1,
-                self.scale, window.sink_tokens, window.local_window, window.page_size, acc, lse,
-                splits, raw_splits,
-            )  # fmt: skip
+            attend_raw(batch, step.local, table, window.page_size, acc, lse, splits, raw_splits)
 
         # Branches of a graph cost nothing; otherwise events would take the host longer than they save.
-        is_graph = q.is_cuda and torch.cuda.is_current_stream_capturing()
+        is_graph = step.q.is_cuda and torch.cuda.is_current_stream_capturing()
         stream = self.side_stream if is_graph else None
         maybe_execute_in_parallel(sealed, raw, *self.events, stream)
         reduce(self.tables, acc, lse, splits, step.output[:n], None)
