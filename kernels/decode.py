@@ -26,6 +26,7 @@ from fourier_vllm.kernels.split import (
     TL_DTYPES,
     first_raw,
     query_rows,
+    store_empty_part,
     store_part,
 )
 from fourier_vllm.kernels.tables import MIN_ROWS, Tables, next_power_of_2
@@ -55,18 +56,22 @@ def pages_kernel(
     start, num_queries, o_t, o_g, m_row = query_rows(p_query_start, i_b, i_h, i_m, G, BM)
     if i_m * BM >= num_queries * G:
         return
-    o_row = (start + o_t).to(tl.int64) * stride_q + o_g * D
-    o_d = tl.arange(0, BD)
-    m_q = (o_d < D)[:, None] & m_row[None, :]
-    b_q = tl.load(p_q + o_row[None, :] + o_d[:, None], mask=m_q, other=0.0)
-    b_q = (b_q.to(tl.float32) * q_scale).to(tl.float16)  # [BD, BM]
-
     num_pages = tl.load(p_num_pages + i_b)
     b_end = tl.full([BM], 0, tl.int32) + num_pages
     if CAUSAL:
         b_n = tl.load(p_seq_lens + i_b) - num_queries + 1 + o_t
         b_end = first_raw(b_n, num_pages, tl.load(p_gap_pages + i_b), L, W)
     share = tl.cdiv(num_pages, splits)
+    i_row = (start + o_t).to(tl.int64) * (H * G) + o_g
+    if i_s * share >= num_pages:
+        store_empty_part(p_lse, i_row, m_row, i_s, num_splits)
+        return
+    o_row = (start + o_t).to(tl.int64) * stride_q + o_g * D
+    o_d = tl.arange(0, BD)
+    m_q = (o_d < D)[:, None] & m_row[None, :]
+    b_q = tl.load(p_q + o_row[None, :] + o_d[:, None], mask=m_q, other=0.0)
+    b_q = (b_q.to(tl.float32) * q_scale).to(tl.float16)  # [BD, BM]
+
     b_max = tl.full([BM], -float("inf"), tl.float32)
     # Summed over tokens once, at the end.
     b_sums = tl.zeros([QW, BM], tl.float32)
@@ -126,7 +131,6 @@ def pages_kernel(
                 ov_zero, M, MC, D, BD, QW, BN, V_SMALL, V_CODES, V_RAW, DTYPE,
             )  # fmt: skip
     b_acc += tl.sum(b_zeros, 0)[None, :]
-    i_row = (start + o_t).to(tl.int64) * (H * G) + o_g
     store_part(p_acc, p_lse, b_acc, b_max, tl.sum(b_sums, 0), i_row, m_row, i_s, num_splits, D, BD)
 
 
@@ -147,7 +151,7 @@ def attend_pages(
         A block may be wider than a page.
     acc, lse : Tensor [T, Hq, n, D], [T, Hq, n], float32
         The first `splits` of n parts are written: normalised outputs (in V's rotated basis) and base-2
-        log-sum-exps, -inf where there is nothing.
+        log-sum-exps. Where there is nothing these are -inf, and those are left as they are.
     columns : Tensor [T, Hq, tables.num_columns], float16
         Scratch.
     """

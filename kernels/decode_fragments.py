@@ -31,7 +31,14 @@ from fourier_vllm.kernels.fragments import (
     zero_operand,
 )
 from fourier_vllm.kernels.query_columns import query_columns
-from fourier_vllm.kernels.split import BATCH_POINTERS, LOG2_E, first_raw, query_rows, store_part
+from fourier_vllm.kernels.split import (
+    BATCH_POINTERS,
+    LOG2_E,
+    first_raw,
+    query_rows,
+    store_empty_part,
+    store_part,
+)
 from fourier_vllm.kernels.tables import MIN_ROWS, Tables, next_power_of_2
 
 
@@ -151,6 +158,17 @@ def fragment_pages_kernel(
     start, num_queries, o_t, o_g, m_row = query_rows(p_query_start, i_b, i_h, i_m, G, BM)
     if i_m * BM >= num_queries * G:
         return
+    num_pages = tl.load(p_num_pages + i_b)
+    b_end = tl.full([BM], 0, tl.int32) + num_pages
+    if CAUSAL:
+        gap, n = tl.load(p_gap_pages + i_b), tl.load(p_seq_lens + i_b)
+        b_end = first_raw(n - num_queries + 1 + o_t, num_pages, gap, L, W)
+        num_pages = first_raw(n, num_pages, gap, L, W)
+    share = tl.cdiv(num_pages, splits)
+    i_row = (start + o_t).to(tl.int64) * (H * G) + o_g
+    if i_s * share >= num_pages:
+        store_empty_part(p_lse, i_row, m_row, i_s, num_splits)
+        return
     o_row = (start + o_t).to(tl.int64) * stride_q + o_g * D
     o_k = place_of_dim(tl.arange(0, BD))
     m_q = (o_k < D)[:, None] & m_row[None, :]
@@ -167,13 +185,6 @@ def fragment_pages_kernel(
     group_start = tl.load(p_column_start + i_h)
     num_groups = tl.load(p_column_start + i_h + 1) - group_start
 
-    num_pages = tl.load(p_num_pages + i_b)
-    b_end = tl.full([BM], 0, tl.int32) + num_pages
-    if CAUSAL:
-        gap, n = tl.load(p_gap_pages + i_b), tl.load(p_seq_lens + i_b)
-        b_end = first_raw(n - num_queries + 1 + o_t, num_pages, gap, L, W)
-        num_pages = first_raw(n, num_pages, gap, L, W)
-    share = tl.cdiv(num_pages, splits)
     b_max = tl.full([BM], -float("inf"), tl.float32)
     # Summed over tokens once, at the end.
     b_sums = tl.zeros([QW, BM], tl.float32)
@@ -246,7 +257,6 @@ def fragment_pages_kernel(
             b_w = load_rows(p_words, (ov_high + i_h * (W * D // 8)) // 4, D // 2, BD // 2, W, EH)
             b_acc = add_high(b_acc, b_w, b_p0, b_p1, b_p2, b_p3, BD, W, EH)
     b_acc = b_acc * UNIT + tl.sum(b_zeros, 0)[None, :]
-    i_row = (start + o_t).to(tl.int64) * (H * G) + o_g
     store_part(p_acc, p_lse, b_acc, b_max, tl.sum(b_sums, 0), i_row, m_row, i_s, num_splits, D, BD)
 
 

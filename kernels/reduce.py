@@ -28,10 +28,11 @@ def add_parts(
         o_n = i_n + tl.arange(0, BN)
         b_w = tl.exp2(load_weights(p_lse, o_m, m_m, o_n, num_splits) - b_max[:, None])
         b_w = tl.where((o_n < last)[None, :], b_w, 0.0)
-        # There are parts for the longest context; a short one leaves most empty.
-        if tl.max(tl.max(b_w, 1), 0) > 0:
+        # There are parts for the longest context, which a short one leaves empty and unwritten.
+        m_w = b_w != 0.0
+        if tl.sum(tl.sum(m_w.to(tl.int32), 1), 0) > 0:
             o_p = o_m[:, None] * num_splits + o_n[None, :]
-            m_x = (m_m[:, None] & (o_n < last)[None, :])[:, :, None] & (o_d < D)[None, None, :]
+            m_x = m_w[:, :, None] & (o_d < D)[None, None, :]
             b_x = tl.load(p_acc + o_p[:, :, None] * D + o_d[None, None, :], mask=m_x, other=0.0)
             b_acc += tl.sum(b_w[:, :, None] * b_x, 1)
     return b_acc

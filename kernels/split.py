@@ -51,6 +51,12 @@ def store_part(
     tl.store(p_lse + o_o, b_lse, mask=m_row)
 
 
+@triton.jit
+def store_empty_part(p_lse, i_row, m_row, i_s, num_splits):
+    """Part `i_s` has no tokens: nobody reads its sums."""
+    tl.store(p_lse + i_row * num_splits + i_s, i_row.to(tl.float32) * 0 - float("inf"), mask=m_row)
+
+
 @cache
 def num_splits(batch: int, num_kv_heads: int, max_pages: int, num_sms: int) -> int:
     """Shares of the pages that keep the GPU busy: programs are warps, and registers hold 8 a SM."""
