@@ -24,7 +24,7 @@ from turboquant import turboquant
 from fourier_vllm.calibration.allocate import allocate_bits, page_budget
 from fourier_vllm.evaluation.machine import commit, machine, versions
 from fourier_vllm.kernels import decode, decode_raw, reduce, seal
-from fourier_vllm.kernels.batch import Batch
+from fourier_vllm.kernels.batch import Batch, Tokens
 from fourier_vllm.kernels.split import num_splits
 from fourier_vllm.kernels.tables import Tables
 from fourier_vllm.page import PageLayout
@@ -111,14 +111,13 @@ class Decode:
             DISTINCT_PAGES, self.layout.page_bytes, dtype=torch.uint8, device="cuda"
         )
         k, v = random(DISTINCT_PAGES * W, H, D), random(DISTINCT_PAGES * W, H, D)
-        self.seal_args = (self.tables, k, v)
         ids = torch.arange(DISTINCT_PAGES, dtype=torch.int32, device="cuda")[None]
         blocks = -(-context // BLOCK)
         live = SINKS // BLOCK + -(-(context - per * W) // BLOCK)
         self.local = random(batch * live + 1, H, BLOCK, 2 * D)
         nowhere = torch.full((len(k),), -1, dtype=torch.int64, device="cuda")
-        seal.seal(self.tables, k, v, self.local, ids, nowhere, sealed, ids, numbers(len(k)),
-                  numbers(0, len(k)), 0)  # fmt: skip
+        tokens = Tokens(k, v, self.local, sealed, ids, ids, numbers(len(k)), numbers(0, len(k)), 0)
+        seal.seal(self.tables, tokens, nowhere)
         order = torch.randint(0, DISTINCT_PAGES, (batch * per,), generator=generator, device="cuda")
         self.pages = sealed[order]
         shuffled = torch.randperm(batch * per, generator=generator, device="cuda")
@@ -131,7 +130,6 @@ class Decode:
         self.num_pages = numbers(*[per] * batch)
         self.gaps = numbers(*[0] * batch)
         self.seq_lens = numbers(*[context] * batch)
-        self.idle_lens = self.seq_lens + 1
         self.slots = BLOCK * used[:, -1].long()  # one cell a request
         self.starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
         sms = torch.cuda.get_device_properties(0).multi_processor_count
@@ -143,6 +141,10 @@ class Decode:
         columns = (batch, Hq, self.tables.num_columns)
         self.columns = torch.empty(columns, dtype=torch.float16, device="cuda")
         self.out = torch.empty_like(self.q)
+        self.idle = Tokens(
+            k[:batch], v[:batch], self.local, self.pages, self.table, self.page_table,
+            self.seq_lens + 1, self.starts, SINKS,
+        )  # fmt: skip
         self.requests = Batch(
             self.q, self.starts, self.page_table, self.num_pages, self.scale, SINKS,
             seq_lens=self.seq_lens, gap_pages=self.gaps, local_window=WINDOW,
@@ -162,12 +164,7 @@ class Decode:
         reduce.reduce(self.tables, self.acc, self.lse, self.splits, self.out, None)
 
     def seal_nothing(self) -> None:
-        tables, k, v = self.seal_args
-        B = self.batch
-        seal.seal(
-            tables, k[:B], v[:B], self.local, self.table, self.slots, self.pages, self.page_table,
-            self.idle_lens, self.starts, SINKS,
-        )  # fmt: skip
+        seal.seal(self.tables, self.idle, self.slots)
 
 
 def flash_attention(timer: Timer, Hq: int, H: int, D: int, batch: int, context: int, fp8: bool):
@@ -220,13 +217,13 @@ def sealing(timer: Timer) -> dict[str, Any]:
     ids = torch.arange(n, dtype=torch.int32, device="cuda")[None]
     starts = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
     nowhere = torch.full((tokens,), -1, dtype=torch.int64, device="cuda")
-    args = (case.tables, k, v, case.local, ids, nowhere, pages, ids, starts[1:], starts, SINKS)
+    prompt = Tokens(k, v, case.local, pages, ids, ids, starts[1:], starts, SINKS)
     idle = {
         f"idle_us_batch_{batch}": per_launch(timer, Decode(32, 8, 128, batch, 4096).seal_nothing)
         for batch in (1, 8, 32, 128)
     }
     return {
-        "seal_us": timer(lambda: seal.seal(*args))[0],
+        "seal_us": timer(lambda: seal.seal(case.tables, prompt, nowhere))[0],
         "copy_us": timer(lambda: copy.copy_(raw))[0],
         **idle,
     }

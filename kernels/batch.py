@@ -1,4 +1,4 @@
-"""The requests of one launch of attention."""
+"""What the requests of a step bring to a layer, for writing its caches and for reading them."""
 
 from __future__ import annotations
 
@@ -41,3 +41,33 @@ class Batch(NamedTuple):
     seq_lens: Tensor | None = None
     gap_pages: Tensor | None = None
     local_window: int = 0
+
+
+class Tokens(NamedTuple):
+    """Keys and values of a step, and the caches that have those before.
+
+    Attributes
+    ----------
+    k, v : Tensor [T, H, D]
+        Tokens of this step, keys after RoPE; heads of a row contiguous.
+    local : Tensor [blocks, H, block_size, 2 * D]
+        The local cache, K and V of a token side by side.
+    pages : Tensor [blocks, page_bytes], uint8
+        The page cache; a block may be wider than a page.
+    local_table, page_table : Tensor [B, max_blocks], [B, max_pages], int32
+        By position, and by index of the page.
+    seq_lens, query_start_loc : Tensor [B], [B + 1], int32
+        Tokens of each request, this step included, and where its own begin in `k` and `v`.
+    sink_tokens : int
+        First tokens of a request, which are always read raw.
+    """
+
+    k: Tensor
+    v: Tensor
+    local: Tensor
+    pages: Tensor
+    local_table: Tensor
+    page_table: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor
+    sink_tokens: int

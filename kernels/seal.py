@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fourier_vllm.kernels.batch import Tokens
 from fourier_vllm.kernels.codecs import range_share
 from fourier_vllm.kernels.codecs_fragments import run_of
 from fourier_vllm.kernels.seal_fragments import seal_columns, seal_rotated, token_of_row
@@ -220,36 +221,17 @@ def seal_kernel(
             done += total
 
 
-def seal(
-    tables: Tables,
-    k: Tensor,
-    v: Tensor,
-    local: Tensor,
-    local_table: Tensor,
-    slots: Tensor,
-    pages: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    sink_tokens: int,
-) -> None:
+def seal(tables: Tables, tokens: Tokens, slots: Tensor) -> None:
     """Store the tokens of this step and seal every page whose last token is among them.
 
     Parameters
     ----------
-    k, v : Tensor [T, H, D]
-        Tokens of this step, keys after RoPE; heads of a row contiguous.
-    local : Tensor [blocks, H, block_size, 2 * D]
-        The local cache, with the tokens of a page that came before this step. Written in place.
-    local_table, page_table : Tensor [B, max_blocks], [B, max_pages], int32
-        By position, and by index of the page.
+    tokens : Tokens
+        Both caches are written in place.
     slots : Tensor [n], int64
         Cells of the first n tokens; padding (negative) and the null block's cells are not written.
-    pages : Tensor [blocks, page_bytes], uint8
-        Written in place.
-    seq_lens, query_start_loc : Tensor [B], [B + 1], int32
-        Tokens of each request, this step included, and where its own begin in `k` and `v`.
     """
+    k, v, local, pages, local_table, page_table, seq_lens, query_start_loc, sink_tokens = tokens
     layout, kt, vt = tables.layout, tables.k, tables.v
     H, W, D, m = layout.num_kv_heads, layout.page_size, layout.head_size, layout.coefficients
     # Signs times 16-bit values are exact in the dtype of the values.

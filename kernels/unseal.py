@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fourier_vllm.kernels.batch import Tokens
 from fourier_vllm.kernels.codecs_fragments import run_of
 from fourier_vllm.kernels.page_attention import load_fp16
 from fourier_vllm.kernels.seal import load_tokens
@@ -222,16 +223,8 @@ def unseal_kernel(
 
 def unseal(
     tables: Tables,
-    k: Tensor,
-    v: Tensor,
-    local: Tensor,
-    local_table: Tensor,
-    pages: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
+    tokens: Tokens,
     num_pages: Tensor,
-    sink_tokens: int,
     first_row: int,
     begin: int,
     max_len: int,
@@ -245,8 +238,6 @@ def unseal(
 
     Parameters
     ----------
-    k, v, local, local_table, pages, page_table, seq_lens, query_start_loc, sink_tokens
-        Of the whole batch, as for `seal`.
     num_pages : Tensor [B], int32
         Pages that each request reads.
     begin, max_len : int
@@ -255,6 +246,7 @@ def unseal(
         Where each request's rows begin in the outputs, and the end.
     k_out, v_out : Tensor [T, H, D], contiguous
     """
+    k, v, local, pages, local_table, page_table, seq_lens, query_start_loc, sink_tokens = tokens
     layout, kt, vt = tables.layout, tables.k, tables.v
     H, W, D, m = layout.num_kv_heads, layout.page_size, layout.head_size, layout.coefficients
     BD = next_power_of_2(D)

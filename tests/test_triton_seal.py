@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fourier_vllm.kernels import seal, tables
+from fourier_vllm.kernels.batch import Tokens
 from tests.numerics import DTYPES, assert_close
 from tests.test_reference import FRAGMENT_RECIPES, RECIPES, codec_of, tokens
 from tests.triton_kernels import DEVICE, needs_triton
@@ -56,12 +57,11 @@ def check(
     for i, slot in enumerate(slots.tolist()):
         if slot >= BLOCK:
             expected_local[slot // BLOCK, :, slot % BLOCK] = torch.cat([k_new[i], v_new[i]], -1)
-    seal.seal(
-        tables.Tables.build(codec.layout, DEVICE),
-        *(x.to(DEVICE) for x in (k_new, v_new)), stored, table.to(DEVICE), slots.to(DEVICE), got,
-        ids.to(DEVICE),
+    step = Tokens(
+        *(x.to(DEVICE) for x in (k_new, v_new)), stored, got, table.to(DEVICE), ids.to(DEVICE),
         torch.tensor(lens, dtype=torch.int32, device=DEVICE), starts.to(DEVICE), sinks,
     )  # fmt: skip
+    seal.seal(tables.Tables.build(codec.layout, DEVICE), step, slots.to(DEVICE))
     assert torch.equal(stored.cpu().nan_to_num(9e3), expected_local.nan_to_num(9e3))
     got = got.cpu()
     sealed = torch.zeros(len(pages), dtype=torch.bool)

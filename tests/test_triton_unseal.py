@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fourier_vllm.kernels import tables
+from fourier_vllm.kernels.batch import Tokens
 from fourier_vllm.kernels.unseal import unseal
 from tests.numerics import DTYPES, assert_close
 from tests.test_reference import FRAGMENT_RECIPES, RECIPES, codec_of, tokens
@@ -61,11 +62,14 @@ def check(
     def numbers(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
+    step = Tokens(
+        *torch.cat(flying, 1).to(DEVICE), local.to(DEVICE), pages.to(DEVICE), table.to(DEVICE),
+        ids.to(DEVICE), numbers(lens), numbers([0, *torch.tensor(query_lens).cumsum(0).tolist()]),
+        sinks,
+    )  # fmt: skip
     unseal(
-        tables.Tables.build(codec.layout, DEVICE), *torch.cat(flying, 1).to(DEVICE), local.to(DEVICE),
-        table.to(DEVICE), pages.to(DEVICE), ids.to(DEVICE), numbers(lens),
-        numbers([0, *torch.tensor(query_lens).cumsum(0).tolist()]), numbers(list(num_pages)), sinks,
-        first_row, begin, max(lens) - begin, numbers(starts), out[0], out[1],
+        tables.Tables.build(codec.layout, DEVICE), step, numbers(list(num_pages)), first_row, begin,
+        max(lens) - begin, numbers(starts), out[0], out[1],
     )  # fmt: skip
     # What the model dtype rounds away.
     bound = 4e-3 if dtype == "bfloat16" else 1e-3

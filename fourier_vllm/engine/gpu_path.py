@@ -15,7 +15,7 @@ from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
 from fourier_vllm.engine.plan import Window
 from fourier_vllm.engine.prefill import Prefill
 from fourier_vllm.engine.prompt_attention import PromptAttention
-from fourier_vllm.kernels.batch import Batch
+from fourier_vllm.kernels.batch import Batch, Tokens
 from fourier_vllm.kernels.decode import attend_pages
 from fourier_vllm.kernels.decode_raw import attend_raw
 from fourier_vllm.kernels.decode_raw import num_splits as num_raw_splits
@@ -95,23 +95,22 @@ class GpuPath:
         plan = pages.once(
             local, window, lambda: make_plan(window, pages, local, self.prefill.capacity)
         )
-        seal(
-            self.tables,
+        tokens = Tokens(
             step.k,
             step.v,
             step.local,
-            local.block_table,
-            local.slot_mapping[: len(step.k)],
             step.pages,
+            local.block_table,
             pages.block_table,
             pages.seq_lens,
             pages.query_start_loc,
             window.sink_tokens,
         )
+        seal(self.tables, tokens, local.slot_mapping[: len(step.k)])
         if plan.num_decodes:
             self._decode(plan, step)
         if plan.pieces:
-            self.prefill.run(plan, step)
+            self.prefill.run(plan, tokens, step.q, step.output)
 
     def _decode(self, plan: GpuPlan, step: LayerStep) -> None:
         n, window = plan.num_decodes, self.window

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from fourier_vllm.engine.gpu_plan import GpuPlan, Piece
-from fourier_vllm.engine.metadata import LayerStep
+from fourier_vllm.engine.gpu_plan import GpuPlan
 from fourier_vllm.engine.plan import Window
 from fourier_vllm.engine.prompt_attention import PromptAttention
+from fourier_vllm.kernels.batch import Tokens
 from fourier_vllm.kernels.tables import Tables
 from fourier_vllm.kernels.unseal import unseal
 from fourier_vllm.page import align
@@ -58,50 +58,36 @@ class Prefill:
             ((T, self.num_heads, D), self.dtype),
         )
 
-    def run(self, plan: GpuPlan, step: LayerStep) -> None:
-        """Attend the requests after the first `plan.num_decodes`."""
+    def run(self, plan: GpuPlan, tokens: Tokens, q: torch.Tensor, output: torch.Tensor) -> None:
+        """Write `output [T, Hq, D]` of the requests after the first `plan.num_decodes`."""
         # In flight they lie token after token already.
         scratch = [] if plan.in_flight else self.scratch()
         lse: torch.Tensor | None = None
         for piece in plan.pieces:
             rows, n = piece.queries, sum(piece.key_lens)
-            q, out = step.q[rows], step.output[rows]
             if not scratch:
-                k, v = step.k[rows], step.v[rows]
+                k, v = tokens.k[rows], tokens.v[rows]
             else:
                 k, v = (x[:n] for x in scratch[:2])
-                self._lay_out(plan, piece, step, k, v)
+                unseal(
+                    self.tables,
+                    tokens,
+                    plan.num_pages,
+                    piece.first_row,
+                    piece.begin,
+                    max(piece.key_lens),
+                    piece.key_starts,
+                    k,
+                    v,
+                )
             if lse is None:
-                lse = self.attention(piece, q, k, v, out)
+                lse = self.attention(piece, q[rows], k, v, output[rows])
             else:
-                more = scratch[2][: len(q)]
-                lse = self._add(out, lse, more, self.attention(piece, q, k, v, more))
+                more = scratch[2][: rows.stop - rows.start]
+                more_lse = self.attention(piece, q[rows], k, v, more)
+                lse = self._add(output[rows], lse, more, more_lse)
             if piece.is_last:
                 lse = None
-
-    def _lay_out(
-        self, plan: GpuPlan, piece: Piece, step: LayerStep, k: torch.Tensor, v: torch.Tensor
-    ) -> None:
-        metadata, window = step.metadata, self.window
-        unseal(
-            self.tables,
-            step.k,
-            step.v,
-            step.local,
-            step.local_metadata.block_table,
-            step.pages,
-            metadata.block_table,
-            metadata.seq_lens,
-            metadata.query_start_loc,
-            plan.num_pages,
-            window.sink_tokens,
-            piece.first_row,
-            piece.begin,
-            max(piece.key_lens),
-            piece.key_starts,
-            k,
-            v,
-        )
 
     def _add(
         self, out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor
