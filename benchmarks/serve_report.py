@@ -118,7 +118,7 @@ def draw(rows: list[Row], sizes: list[Row], file: Path) -> None:
         at = [lens.index(x) + (i - len(engines) / 2 + 0.5) * 0.8 / len(engines) for x in some]
         left.bar(at, list(some.values()), 0.8 / len(engines), color=color, label=name)
         steps = sorted(
-            (r["context"], r["itl_ms"])
+            (r["context"] / 1024, r["itl_ms"])
             for r in one
             if name_of(r) == name and r["batch"] == 8 and not r["fit"]
         )
@@ -132,7 +132,9 @@ def draw(rows: list[Row], sizes: list[Row], file: Path) -> None:
     left.set_xticks(range(len(lens)), [f"{x:,}" for x in lens])
     left.set(xlabel="max_model_len", ylabel="million tokens", title="KV capacity")
     left.legend(frameon=False)
-    middle.set(xlabel="context, tokens", ylabel="ms", title="decode step, batch 8", ylim=(0, None))
+    middle.set(
+        xlabel="context, 1,024 tokens", ylabel="ms", title="decode step, batch 8", ylim=(0, None)
+    )
     right.set(ylabel="tokens/s", title="decode, as many as fit")
     right.margins(y=0.15)
     figure.savefig(file)
