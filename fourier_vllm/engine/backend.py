@@ -150,14 +150,19 @@ class FourierImpl(AttentionImpl):
         pages_bytes = id_bytes(engine, world, layout)
         self.window = engine.window(engine.fingerprint.num_layers * layout.raw_bytes / pages_bytes)
         self.codec = PageCodec(layout, dtype, device)
-        if device.type == "cpu":
-            decode_cpu.warm_up(self.codec, dtype)
-        else:
+        if self.has_kernels(device):
             self.gpu = self._gpu_path(dtype, device)
+        else:
+            decode_cpu.warm_up(self.codec, dtype)
         self.local = FourierLocalCache(layer, self._local_spec(layer, engine, pages_bytes))
         self.local_name = name + SUFFIX
         layers[self.local_name] = self.local
         layer.get_kv_cache_spec = partial(self._page_spec, layer)
+
+    @staticmethod
+    def has_kernels(device: torch.device) -> bool:
+        """Whether Triton's kernels run there, or the reference path."""
+        return device.type != "cpu"
 
     def _gpu_path(self, dtype: torch.dtype, device: torch.device) -> GpuPath:
         # Imports Triton, which machines without a GPU do not need.
