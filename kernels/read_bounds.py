@@ -12,19 +12,20 @@ BLOCKS = 64
 
 
 @triton.jit(
-    do_not_specialize=["L", "num_pinned", "first_exact", "stride_table"],
+    do_not_specialize=["L", "num_pinned", "stride_table"],
     do_not_specialize_on_alignment=BATCH_POINTERS,
 )
 def read_bounds_kernel(
-    p_seq_lens, p_query_start, p_local_table, p_num_pages, p_gap_pages, stride_table, L, num_pinned,
-    first_exact, W: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
+    p_seq_lens, p_query_start, p_local_table, p_is_exact, p_num_pages, p_gap_pages, stride_table, L,
+    num_pinned, W: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, SOME_EXACT: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0)
     seq_len = tl.load(p_seq_lens + i_b)
     num_queries = tl.load(p_query_start + i_b + 1) - tl.load(p_query_start + i_b)
     context = tl.maximum(seq_len - num_queries, 0)
     start = tl.maximum(context + 1 - L, 0) // W
-    start = tl.where(i_b < first_exact, start, 0)
+    if SOME_EXACT:
+        start = tl.where(tl.load(p_is_exact + i_b) != 0, 0, start)
     # The last null block behind the pinned ones: its tokens are gone, their pages are read.
     gap = 0
     for i_n in range(start * W // BLOCK, tl.cdiv(context, BLOCK), BN):
@@ -45,7 +46,7 @@ def read_bounds(
     page_size: int,
     block_size: int,
     num_pinned_blocks: int,
-    first_exact: int,
+    is_exact: Tensor | None,
     num_pages: Tensor,
     gap_pages: Tensor,
 ) -> None:
@@ -56,11 +57,11 @@ def read_bounds(
     seq_lens, query_start_loc : Tensor [B], [B + 1], int32
     local_table : Tensor [B, max_blocks], int32
         Null blocks are 0.
-    first_exact : int
-        Requests from here on read pages only where raw tokens are gone.
+    is_exact : Tensor [B], bool, optional
+        Requests that read pages only where raw tokens are gone.
     """
     read_bounds_kernel[(len(seq_lens),)](
-        seq_lens, query_start_loc, local_table, num_pages, gap_pages, local_table.stride(0),
-        local_window, num_pinned_blocks, first_exact, W=page_size, BLOCK=block_size, BN=BLOCKS,
-        num_warps=1,
+        seq_lens, query_start_loc, local_table, seq_lens if is_exact is None else is_exact, num_pages,
+        gap_pages, local_table.stride(0), local_window, num_pinned_blocks, W=page_size,
+        BLOCK=block_size, BN=BLOCKS, SOME_EXACT=is_exact is not None, num_warps=1,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 # Arguments that are views into tensors of a step: compiled once, wherever they begin.
 BATCH_POINTERS = [
     "p_page_table", "p_local_table", "p_block_table", "p_num_pages", "p_gap_pages", "p_seq_lens",
-    "p_query_start", "p_starts", "p_slots",
+    "p_query_start", "p_starts", "p_slots", "p_is_exact",
 ]  # fmt: skip
 PAGES_TO_START = 2  # what starting and ending a program costs, in pages
 LOG2_E = 1.4426950408889634

@@ -125,6 +125,8 @@ def test_prompts_in_chunks_beside_decodes(recipe: str, fragments: bool, window: 
     step((0, 30, True), (1, 70, True))
     step((0, 1, False), (1, 100, True), (2, 5, True))
     step((0, 1, False), (2, 1, False), (1, 30, True))
+    # The end of a prompt may be one token, and stand before requests that decode.
+    step((2, 1, True), (0, 1, False), (1, 1, False))
     for _ in range(3):
         step((0, 1, False), (1, 1, False), (2, 1, False))
 

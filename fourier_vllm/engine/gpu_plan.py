@@ -80,6 +80,9 @@ def make_plan(
         single &= ~pages.is_prefilling
     n, num_decodes = len(query_lens), int(single.int().cumprod(0).sum())
     num_pages, gap_pages = torch.empty(2, n, dtype=torch.int32, device=pages.seq_lens.device)
+    is_exact = None
+    if window.exact_prefill and num_decodes < n:
+        is_exact = pages.is_prefilling.to(num_pages.device, non_blocking=True)
     if n:
         read_bounds(
             pages.seq_lens,
@@ -89,7 +92,7 @@ def make_plan(
             window.page_size,
             window.block_size,
             window.num_pinned_blocks,
-            num_decodes if window.exact_prefill else n,
+            is_exact,
             num_pages,
             gap_pages,
         )
