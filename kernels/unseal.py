@@ -21,9 +21,14 @@ from fourier_vllm.kernels.tables import Tables, next_power_of_2
 
 @triton.jit
 def code_words(
-    p_codes, b_bits, b_first, o_j, W: tl.constexpr, BD: tl.constexpr, FRAGMENTS: tl.constexpr
+    p_codes, p_dims, i_h, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
 ):  # fmt: skip
     """Bytes of up to four columns of each dim, the lowest first, `[QW, BD]`."""
+    o_j, o_d = tl.arange(0, W // 4), tl.arange(0, BD)
+    p_dim = p_dims + i_h * D + o_d
+    b_first = tl.load(p_dim + 2 * H * D, mask=o_d < D, other=-1)
+    b_bits = tl.load(p_dim, mask=b_first >= 0, other=0)
     b_w = tl.zeros([W // 4, BD], tl.int32)
     for i_level in tl.static_range(4):
         o_n = b_first + i_level
@@ -176,18 +181,11 @@ def unseal_kernel(
     o_j, o_d = tl.arange(0, QW), tl.arange(0, BD)
     b_words = tl.zeros([QW, BD], tl.int32)
     if is_page:
-        p_dim = o_d + i_h * D
         if is_v == 0:
             if K_CODES:
-                b_bits = tl.load(p_k_dims + p_dim, mask=o_d < D, other=0)
-                b_first = tl.load(p_k_dims + p_dim + 2 * H * D, mask=o_d < D, other=-1)
-                b_bits = tl.where(b_first >= 0, b_bits, 0)
-                b_words = code_words(p_page + ok_codes, b_bits, b_first, o_j, W, BD, FRAGMENTS)
+                b_words = code_words(p_page + ok_codes, p_k_dims, i_h, H, D, BD, W, FRAGMENTS)
         elif V_BITS == 0 and V_CODES:
-            b_bits = tl.load(p_v_dims + p_dim, mask=o_d < D, other=0)
-            b_first = tl.load(p_v_dims + p_dim + 2 * H * D, mask=o_d < D, other=-1)
-            b_bits = tl.where(b_first >= 0, b_bits, 0)
-            b_words = code_words(p_page + ov_codes, b_bits, b_first, o_j, W, BD, False)
+            b_words = code_words(p_page + ov_codes, p_v_dims, i_h, H, D, BD, W, False)
     for i_n in range(4):
         o_t = i_p * W + i_n * QW + o_j
         b_x = tl.zeros([QW, BD], tl.float32)
@@ -211,8 +209,8 @@ def unseal_kernel(
             b_raw = load_tokens(tl.minimum(o_t, seq_len - 1), o_d, i_p * W >= context, p_new, p_local,
                                 p_table, i_h, is_v, start, context, stride_new, stride_block,
                                 stride_head, stride_token, D, BLOCK)  # fmt: skip
-            m_raw = (o_t < S) | (o_t >= i_p * W) & (not is_page)
-            b_x = tl.where(m_raw[:, None], b_raw, b_x)
+            m_raw = (o_t < S)[:, None] | (not is_page)
+            b_x = tl.where(m_raw, b_raw, b_x)
         o_x = ((row + o_t - begin).to(tl.int64) * H + i_h) * D
         p_out = p_k_out
         if is_v == 1:
