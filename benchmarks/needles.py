@@ -29,11 +29,12 @@ def texts_of(args: argparse.Namespace) -> list[str]:
     """The contexts' texts; those of one Python's manuals can be taken to another machine."""
     from fourier_vllm.evaluation.text import documents
 
-    if args.texts is None:
-        return documents(args.contexts, 6 * args.tokens)
-    if not args.texts.exists():
-        args.texts.write_text(json.dumps(documents(args.contexts, 6 * args.tokens)))
-    return json.loads(args.texts.read_text())[: args.contexts]
+    if args.texts is not None and args.texts.exists():
+        return json.loads(args.texts.read_text())[: args.contexts]
+    texts = documents(args.contexts, 6 * args.tokens)
+    if args.texts is not None:
+        args.texts.write_text(json.dumps(texts))
+    return texts
 
 
 def score(model: str, fourier: dict[str, Any] | None, args: argparse.Namespace) -> dict[str, Any]:

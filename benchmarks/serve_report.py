@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pages import put
+
+from fourier_vllm.evaluation.report import table
 
 ROOT = Path(__file__).resolve().parent.parent
-END = "<!-- end -->"
 COLORS = {
     "stock": "#7f7f7f",
     "fp8": "#1f77b4",
@@ -26,11 +28,6 @@ COLORS = {
 }
 
 Row = dict[str, Any]
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], num_names: int = 1) -> str:
-    rules = ["---"] * num_names + ["---:"] * (len(head) - num_names)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rules, *rows])
 
 
 def name_of(row: Row) -> str:
@@ -62,7 +59,7 @@ def pivot(rows: list[Row], keys: Sequence[str], value: str, digits: int) -> str:
             for name in engines
         ]
         lines.append([*(f"{k:,}" for k in key), *found])
-    return markdown([*(k.replace("_", " ") for k in keys), *engines], lines, 0)
+    return "\n".join(table([*(k.replace("_", " ") for k in keys), *engines], lines, 0))
 
 
 def fitting(rows: list[Row]) -> str:
@@ -81,7 +78,7 @@ def fitting(rows: list[Row]) -> str:
         for row in sorted(rows, key=lambda r: (r["context"], name_of(r) != "stock"))
     ]
     head = ["engine", "context", "requests", "ITL, ms", "output tokens/s", "preempted", "GPU, GiB"]
-    return markdown(head, lines)
+    return "\n".join(table(head, lines))
 
 
 def line_of(rows: list[Row]) -> tuple[float, float]:
@@ -98,7 +95,8 @@ def slopes(rows: list[Row]) -> str:
             if len(some) > 1:
                 slope, intercept = line_of(some)
                 lines.append([name, str(batch), f"{1e6 * slope:.1f}", f"{intercept:.2f}"])
-    return markdown(["engine", "batch", "ns a token of context", "at no context, ms"], lines)
+    head = ["engine", "batch", "ns a token of context", "at no context, ms"]
+    return "\n".join(table(head, lines))
 
 
 def draw(rows: list[Row], sizes: list[Row], file: Path) -> None:
@@ -106,6 +104,7 @@ def draw(rows: list[Row], sizes: list[Row], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
+    matplotlib.rcParams["svg.hashsalt"] = "serve"  # the same picture from the same numbers
     from matplotlib import pyplot as plt
 
     one = [row for row in rows if row["gpus"] == 1]
@@ -137,7 +136,7 @@ def draw(rows: list[Row], sizes: list[Row], file: Path) -> None:
     )
     right.set(ylabel="tokens/s", title="decode, as many as fit")
     right.margins(y=0.15)
-    figure.savefig(file)
+    figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:
@@ -156,12 +155,7 @@ def main() -> None:
         "slopes": slopes(steps),
         "fit": fitting(fit),
     }
-    page = args.page.read_text()
-    for name, made in tables.items():
-        before, rest = page.split(f"<!-- {name} -->")
-        _, after = rest.split(END, 1)
-        page = f"{before}<!-- {name} -->\n{made}\n{END}{after}"
-    args.page.write_text(page)
+    put(args.page, tables)
     draw(measured, rows, args.page.with_name("serve.svg"))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from pages import put
 from torch import Tensor
 
 from fourier_vllm.calibration import collect as collecting
@@ -270,11 +271,7 @@ def write_table(data: dict[str, Any], page: Path) -> None:
                      for x in (row[name] for name in varying)]  # fmt: skip
             cells += [f"{row['smaller']:.2f}", f"{row['kl']:.4f}", f"{row['nll']:+.4f}"]
             lines.append(f"| {' | '.join(cells)} |")
-    before, rest = page.read_text().split("<!-- tables -->")
-    after = rest.split("<!-- end of tables -->")[1]
-    page.write_text(
-        f"{before}<!-- tables -->\n" + "\n".join(lines) + f"\n\n<!-- end of tables -->{after}"
-    )
+    put(page, {"tables": "\n".join(lines) + "\n"})
 
 
 def main() -> None:

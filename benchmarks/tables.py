@@ -12,8 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pages import put
+
+from fourier_vllm.evaluation.report import table as markdown
+
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- decode table -->", "<!-- end -->"
 COLUMNS = (
     "shape", "recipe", "batch", "context", "floor", "ours (spread)", "of copy bandwidth", "GB/s",
     "FA3 bf16", "FA3 fp8", "TurboQuant", "ours / FA3 bf16",
@@ -52,8 +55,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         return *where, row["batch"], row["context"]
 
     rows = sorted(rows, key=place)
-    rules = ["---"] * NUM_NAMES + ["---:"] * (len(COLUMNS) - NUM_NAMES)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [COLUMNS, rules, *map(cells, rows)])
+    return "\n".join(markdown(COLUMNS, map(cells, rows), NUM_NAMES))
 
 
 def main() -> None:
@@ -66,9 +68,7 @@ def main() -> None:
     if not args.write:
         print(made)
         return
-    before, rest = args.page.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    args.page.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}")
+    put(args.page, {"decode table": made})
 
 
 if __name__ == "__main__":

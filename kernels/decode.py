@@ -24,7 +24,7 @@ from fourier_vllm.kernels.split import (
     BATCH_POINTERS,
     LOG2_E,
     TL_DTYPES,
-    first_raw,
+    pages_read,
     query_rows,
     store_empty_part,
     store_part,
@@ -56,11 +56,9 @@ def pages_kernel(
     start, num_queries, o_t, o_g, m_row = query_rows(p_query_start, i_b, i_h, i_m, G, BM)
     if i_m * BM >= num_queries * G:
         return
-    num_pages = tl.load(p_num_pages + i_b)
-    b_end = tl.full([BM], 0, tl.int32) + num_pages
-    if CAUSAL:
-        b_n = tl.load(p_seq_lens + i_b) - num_queries + 1 + o_t
-        b_end = first_raw(b_n, num_pages, tl.load(p_gap_pages + i_b), L, W)
+    num_pages, b_end = pages_read(
+        p_num_pages, p_gap_pages, p_seq_lens, i_b, num_queries, o_t, L, W, BM, CAUSAL
+    )
     share = tl.cdiv(num_pages, splits)
     i_row = (start + o_t).to(tl.int64) * (H * G) + o_g
     if i_s * share >= num_pages:
@@ -176,11 +174,10 @@ def attend_pages(
         batch.query_start_loc, acc, lse, tables.basis,
         *k.tensors(), *v.tensors(), *k.offsets, *tables.v_offsets,
         q.stride(0), pages.stride(0), batch.page_table.stride(0), batch.sm_scale * LOG2_E,
-        batch.sink_tokens, batch.local_window, m, splits, acc.shape[2],
+        batch.sink_tokens, batch.local_window, tables.num_rows, splits, acc.shape[2],
         H=H, G=G, D=D, BD=next_power_of_2(D), W=W, MC=len(tables.basis) if m else 0, BM=BM, BN=64,
         CAUSAL=seq_lens is not None, V_BITS=tables.v_bits,
         DTYPE=TL_DTYPES[q.dtype], ASM=q.is_cuda and torch.version.hip is None,
-        K_SMALL=k.small_coefficients, K_CODES=k.has_codes, K_RAW=k.has_raw,
-        V_SMALL=v.small_coefficients, V_CODES=v.has_codes, V_RAW=v.has_raw,
+        **tables.kinds(),
         num_warps=1 if fits_a_warp else 4, num_stages=1,
     )  # fmt: skip

@@ -34,7 +34,7 @@ from fourier_vllm.kernels.query_columns import query_columns
 from fourier_vllm.kernels.split import (
     BATCH_POINTERS,
     LOG2_E,
-    first_raw,
+    pages_read,
     query_rows,
     store_empty_part,
     store_part,
@@ -158,12 +158,9 @@ def fragment_pages_kernel(
     start, num_queries, o_t, o_g, m_row = query_rows(p_query_start, i_b, i_h, i_m, G, BM)
     if i_m * BM >= num_queries * G:
         return
-    num_pages = tl.load(p_num_pages + i_b)
-    b_end = tl.full([BM], 0, tl.int32) + num_pages
-    if CAUSAL:
-        gap, n = tl.load(p_gap_pages + i_b), tl.load(p_seq_lens + i_b)
-        b_end = first_raw(n - num_queries + 1 + o_t, num_pages, gap, L, W)
-        num_pages = first_raw(n, num_pages, gap, L, W)
+    num_pages, b_end = pages_read(
+        p_num_pages, p_gap_pages, p_seq_lens, i_b, num_queries, o_t, L, W, BM, CAUSAL
+    )
     share = tl.cdiv(num_pages, splits)
     i_row = (start + o_t).to(tl.int64) * (H * G) + o_g
     if i_s * share >= num_pages:
@@ -287,7 +284,7 @@ def attend_fragment_pages(
         ok_coef, ok_coef_scale, *ok_rest, ov_codes, ov_scale, ov_zero, ov_high,
         q.stride(0), tables.num_columns // 2, pages.stride(0), batch.page_table.stride(0),
         batch.sm_scale * LOG2_E, batch.sink_tokens, batch.local_window,
-        max(layout.coefficients - 1, 0), splits, acc.shape[2],
+        tables.num_rows, splits, acc.shape[2],
         H=H, G=G, D=D, BD=max(64, next_power_of_2(D)), W=W, BM=MIN_ROWS, NT=4,
         CAUSAL=seq_lens is not None, MANY=batch.max_query_len > 1, V_BITS=tables.v_bits,
         EV=run_of(D // 8), EH=run_of(D // 16),

@@ -29,6 +29,22 @@ def first_raw(b_n, num_pages, gap_pages, L, W: tl.constexpr):
 
 
 @triton.jit
+def pages_read(
+    p_num_pages, p_gap_pages, p_seq_lens, i_b, num_queries, o_t, L, W: tl.constexpr,
+    BM: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Pages of a request, and those that each of its query tokens `o_t [BM]` reads."""
+    num_pages = tl.load(p_num_pages + i_b)
+    b_end = tl.full([BM], 0, tl.int32) + num_pages
+    if CAUSAL:
+        gap, n = tl.load(p_gap_pages + i_b), tl.load(p_seq_lens + i_b)
+        b_end = first_raw(n - num_queries + 1 + o_t, num_pages, gap, L, W)
+        # The last query token reads the most.
+        num_pages = first_raw(n, num_pages, gap, L, W)
+    return num_pages, b_end
+
+
+@triton.jit
 def query_rows(p_query_start, i_b, i_h, i_m, G: tl.constexpr, BM: tl.constexpr):
     """First token and number of tokens of a request; token, head and validity of a tile's rows `[BM]`."""
     start = tl.load(p_query_start + i_b)

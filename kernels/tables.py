@@ -178,6 +178,19 @@ class Tables:
     signs_scale: float
     num_sms: int
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of coefficients that a page holds."""
+        return self.layout.k.coef.shape[1]
+
+    def kinds(self) -> dict[str, bool]:
+        """What kernels of K's and V's codecs compile for."""
+        k, v = self.k, self.v
+        return dict(
+            K_SMALL=k.small_coefficients, K_CODES=k.has_codes, K_RAW=k.has_raw,
+            V_SMALL=v.small_coefficients, V_CODES=v.has_codes, V_RAW=v.has_raw,
+        )  # fmt: skip
+
     @classmethod
     def build(cls, layout: PageLayout, device: torch.device | str) -> Tables:
         """

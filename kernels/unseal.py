@@ -246,7 +246,7 @@ def unseal(
     """
     k, v, local, pages, local_table, page_table, seq_lens, query_start_loc, sink_tokens = tokens
     layout, kt, vt = tables.layout, tables.k, tables.v
-    H, W, D, m = layout.num_kv_heads, layout.page_size, layout.head_size, layout.coefficients
+    H, W, D = layout.num_kv_heads, layout.page_size, layout.head_size
     BD = next_power_of_2(D)
     unseal_kernel[(triton.cdiv(max_len, W), len(starts) - 1, 2 * H)](
         k, v, local, local_table, pages, page_table, seq_lens, query_start_loc, num_pages,
@@ -254,11 +254,10 @@ def unseal(
         *kt.offsets, *tables.v_offsets,
         k.stride(0), v.stride(0), *local.stride()[:3], local_table.stride(0),
         pages.stride(0), page_table.stride(0), sink_tokens,
-        max(m - 1, 0) if layout.fragments else m, first_row, begin,
+        tables.num_rows, first_row, begin,
         H=H, D=D, BD=BD, BK=min(64, BD), W=W, BLOCK=local.shape[2], V_BITS=tables.v_bits,
         DTYPE=TL_DTYPES[k.dtype],
-        K_SMALL=kt.small_coefficients, K_CODES=kt.has_codes, K_RAW=kt.has_raw,
-        V_SMALL=vt.small_coefficients, V_CODES=vt.has_codes, V_RAW=vt.has_raw,
+        **tables.kinds(),
         FRAGMENTS=layout.fragments, EV=run_of(D // 8), EH=run_of(max(D // 16, 1)),
         num_warps=8, num_stages=1,
     )  # fmt: skip

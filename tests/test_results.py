@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 
-def benchmark(root: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, root / f"benchmarks/{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def benchmark(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a script as it would be when run."""
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    return importlib.import_module
 
 
 @pytest.mark.parametrize(
@@ -33,8 +32,8 @@ def test_pages_are_up_to_date(root, tmp_path, script, page, options):
     assert copy.read_text() == before
 
 
-def test_a_cell_has_its_ratio_to_stock(root):
-    report = benchmark(root, "serve_report")
+def test_a_cell_has_its_ratio_to_stock(benchmark):
+    report = benchmark("serve_report")
     rows = [
         {"engine": name, "gpus": gpus, "context": 1024, "batch": 8, "itl_ms": ms}
         for name, gpus, ms in (("fourier", 1, 3.0), ("stock", 1, 4.0), ("fourier", 2, 2.0))
@@ -46,10 +45,10 @@ def test_a_cell_has_its_ratio_to_stock(root):
     ]
 
 
-def test_the_largest_batch_is_of_the_longest_requests(root):
+def test_the_largest_batch_is_of_the_longest_requests(benchmark):
     import argparse
 
-    serve = benchmark(root, "serve")
+    serve = benchmark("serve")
     args = argparse.Namespace(batches=["1", "8", "fit"], max_prefill=1 << 22)
     found = list(serve.cases(args, 32768, 400_000))
     assert found[-1] == (32768, 12, True)

@@ -89,22 +89,13 @@ class Steps:
         k, v = (torch.randn(T, H, D, generator=self.rng).to(DEVICE) for _ in range(2))
         out, expected = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
         before = self.local.clone()
-        self.path.run(LayerStep(q, k, v, self.pages, self.local, out, pages, local))
+        step = LayerStep(q, k, v, self.pages, self.local, out, pages, local)
+        self.path.run(step)
         # Attention over the pages that the kernels sealed: sealing has tests of its own.
         pages._plans.clear()
         plan = replace(pages.plan(local, self.window), seal=None)
-        reference_path.run_step(
-            self.codec,
-            plan,
-            q,
-            k,
-            v,
-            self.pages,
-            before,
-            D**-0.5,
-            self.window.sink_tokens,
-            expected,
-        )
+        step = step._replace(local=before, output=expected)
+        reference_path.run_step(self.codec, plan, step, D**-0.5, self.window.sink_tokens)
         assert torch.equal(before.nan_to_num(), self.local.nan_to_num())
         assert_close("out", expected.double(), out, 2e-3)
 

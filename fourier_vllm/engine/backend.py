@@ -237,31 +237,19 @@ class FourierImpl(AttentionImpl):
             sliding.run_step(attn_metadata, window, query, key, value, kv_cache, self.scale, output)
             return output
         local_metadata = get_forward_context().attn_metadata[self.local_name]
-        pages = kv_cache.view(torch.uint8)[:, 0, 0]
-        if self.gpu is not None:
-            self.gpu.run(
-                LayerStep(
-                    query,
-                    key,
-                    value,
-                    pages,
-                    self.local.kv_cache,
-                    output,
-                    attn_metadata,
-                    local_metadata,
-                )
-            )
-            return output
-        reference_path.run_step(
-            self.codec,
-            attn_metadata.plan(local_metadata, self.window),
+        step = LayerStep(
             query,
             key,
             value,
-            pages,
+            kv_cache.view(torch.uint8)[:, 0, 0],
             self.local.kv_cache,
-            self.scale,
-            self.window.sink_tokens,
             output,
+            attn_metadata,
+            local_metadata,
         )
+        if self.gpu is not None:
+            self.gpu.run(step)
+        else:
+            plan = attn_metadata.plan(local_metadata, self.window)
+            reference_path.run_step(self.codec, plan, step, self.scale, self.window.sink_tokens)
         return output

@@ -9,6 +9,7 @@ import torch
 from fourier_vllm.engine.metadata import FourierMetadata
 from fourier_vllm.engine.plan import Window
 from fourier_vllm.kernels.read_bounds import read_bounds
+from fourier_vllm.page import align
 
 
 @dataclass
@@ -37,8 +38,8 @@ class Piece:
     key_lens: list[int]
     begin: int = 0
     is_last: bool = True
-    query_starts: torch.Tensor = field(default_factory=lambda: torch.tensor([]))
-    key_starts: torch.Tensor = field(default_factory=lambda: torch.tensor([]))
+    query_starts: torch.Tensor = field(init=False)
+    key_starts: torch.Tensor = field(init=False)
 
 
 @dataclass
@@ -130,7 +131,7 @@ def cut(
         queries = slice(token, token + num_queries)
         if num_keys > capacity:
             # The last stretch has all of the step's own tokens.
-            last = -(-(num_keys - capacity) // page_size) * page_size
+            last = align(num_keys - capacity, page_size)
             for begin in range(0, last, capacity):
                 n = min(capacity, last - begin)
                 pieces.append(Piece(row, queries, [num_queries], [n], begin, is_last=False))

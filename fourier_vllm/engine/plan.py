@@ -176,7 +176,7 @@ def make_plan(
             local_table[rows],
         )
     prefill = [
-        plan_prefill(
+        _plan_prefill(
             window,
             int(query_start_loc[i]),
             int(query_start_loc[i + 1]),
@@ -239,7 +239,7 @@ def _plan_decode(
     )
 
 
-def plan_prefill(
+def _plan_prefill(
     window: Window,
     start: int,
     stop: int,
@@ -248,7 +248,6 @@ def plan_prefill(
     page_table: torch.Tensor,
     local_table: torch.Tensor,
 ) -> PrefillStep:
-    """Tokens `start:stop` of one request, `raw` its first token that is read raw."""
     recent = torch.arange(raw, context_len, device=page_table.device)
     sinks = torch.arange(window.sink_tokens if raw else 0, device=page_table.device)
     cells = _cells(local_table, torch.cat([sinks, recent])[None], window.block_size)

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 from vllm.logger import init_logger
 
 from fourier_vllm.engine.gpu_plan import Piece
+from fourier_vllm.kernels.reference_attention import prefill_attention
 
 logger = init_logger("vllm.fourier_vllm")
 
 
-class PromptAttention(Protocol):
+class PromptAttention(ABC):
     """Attends the requests of a piece.
 
     Attributes
     ----------
+    scale : float
+        Of the scores.
     can_split : bool
         Can attend stretches of the keys, and say how much weight they have.
     """
 
-    can_split: bool
+    can_split = False
 
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    @abstractmethod
     def __call__(
         self, piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> torch.Tensor:
@@ -35,13 +42,14 @@ class PromptAttention(Protocol):
         """
 
 
-class FlashAttention:
+class FlashAttention(PromptAttention):
     """FlashAttention as vLLM ships it."""
 
     can_split = True
 
     def __init__(self, scale: float, version: int) -> None:
-        self.scale, self.version = scale, version
+        super().__init__(scale)
+        self.version = version
 
     def __call__(
         self, piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
@@ -65,13 +73,8 @@ class FlashAttention:
         return lse
 
 
-class Xformers:
+class Xformers(PromptAttention):
     """xformers' memory-efficient attention under a block-diagonal causal mask."""
-
-    can_split = False
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
 
     def __call__(
         self, piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
@@ -92,19 +95,12 @@ class Xformers:
         return q.new_empty(0)
 
 
-class TorchAttention:
+class TorchAttention(PromptAttention):
     """PyTorch's own, request by request."""
-
-    can_split = False
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
 
     def __call__(
         self, piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> torch.Tensor:
-        from torch.nn.attention.bias import causal_lower_right
-
         parts = zip(
             q.split(piece.query_lens),
             k.split(piece.key_lens),
@@ -113,16 +109,18 @@ class TorchAttention:
             strict=True,
         )
         for q_b, k_b, v_b, out_b in parts:
+            context = len(k_b) - len(q_b)
             if len(q_b):
-                made = torch.nn.functional.scaled_dot_product_attention(
-                    q_b.transpose(0, 1)[None],
-                    k_b.transpose(0, 1)[None],
-                    v_b.transpose(0, 1)[None],
-                    attn_mask=causal_lower_right(len(q_b), len(k_b)),
-                    scale=self.scale,
-                    enable_gqa=True,
+                out_b.copy_(
+                    prefill_attention(
+                        q_b,
+                        k_b[:context],
+                        v_b[:context],
+                        k_b[context:],
+                        v_b[context:],
+                        self.scale,
+                    )
                 )
-                out_b.copy_(made[0].transpose(0, 1))
         return q.new_empty(0)
 
 
@@ -155,6 +153,8 @@ def choose(name: str, head_size: int, dtype: torch.dtype, scale: float) -> Promp
     ValueError
         It is not available here.
     """
+    if name == "torch":
+        return TorchAttention(scale)
     version = flash_attention_version(head_size, dtype) if name in ("auto", "flash") else None
     if version is not None:
         return FlashAttention(scale, version)
@@ -163,14 +163,14 @@ def choose(name: str, head_size: int, dtype: torch.dtype, scale: float) -> Promp
             f"additional_config fourier: prompt_attention flash has no kernels for this GPU, {dtype} and "
             f"heads of {head_size}: leave it out."
         )
-    if name == "xformers" and not has_xformers():
+    if has_xformers():
+        logger.info_once("fourier: prompts use xformers' attention.")
+        return Xformers(scale)
+    if name == "xformers":
         raise ValueError(
             "additional_config fourier: prompt_attention xformers needs xformers, which cannot be imported: "
             "install fourier-vllm[xformers], or leave it out."
         )
-    if name != "torch" and has_xformers():
-        logger.info_once("fourier: prompts use xformers' attention.")
-        return Xformers(scale)
     logger.warning_once(
         "fourier: no FlashAttention for this GPU or dtype, no xformers; prompts use PyTorch's attention."
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from fourier_vllm.engine.cells import load, load_blocks, store
+from fourier_vllm.engine.metadata import LayerStep
 from fourier_vllm.engine.plan import DecodeStep, StepPlan
 from fourier_vllm.kernels.cpu import decode as decode_cpu
 from fourier_vllm.kernels.reference import PageCodec
@@ -16,40 +17,20 @@ from fourier_vllm.kernels.reference_attention import decode_attention, prefill_a
 
 
 def run_step(
-    codec: PageCodec,
-    plan: StepPlan,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pages: torch.Tensor,
-    local: torch.Tensor,
-    scale: float,
-    sink_tokens: int,
-    output: torch.Tensor,
+    codec: PageCodec, plan: StepPlan, step: LayerStep, scale: float, sink_tokens: int
 ) -> None:
-    """One layer of one step.
-
-    Parameters
-    ----------
-    q, output : torch.Tensor
-        `[T, Hq, D]`.
-    k, v : torch.Tensor
-        `[T, H, D]`.
-    pages : torch.Tensor
-        `[blocks, page_bytes]` uint8, the page cache.
-    local : torch.Tensor
-        `[blocks, H, block_size, 2 * D]`, the local cache.
-    """
+    """One layer of one step."""
+    q, k, v, pages, local, output, *_ = step
     store(local, plan.store_cells, k[plan.store], v[plan.store])
     if plan.seal is not None:
-        step = plan.seal
-        k_page, v_page = k[step.token], v[step.token]  # [P, W, H, D]
-        if not bool(step.in_flight.all()):
-            k_old, v_old = load(local, step.cells)
-            fresh = step.in_flight[..., None, None]
+        done = plan.seal
+        k_page, v_page = k[done.token], v[done.token]  # [P, W, H, D]
+        if not bool(done.in_flight.all()):
+            k_old, v_old = load(local, done.cells)
+            fresh = done.in_flight[..., None, None]
             k_page = torch.where(fresh, k_page, k_old.to(k.dtype))
             v_page = torch.where(fresh, v_page, v_old.to(v.dtype))
-        pages[step.page] = codec.seal(k_page, v_page, step.num_pinned)
+        pages[done.page] = codec.seal(k_page, v_page, done.num_pinned)
     if plan.decode is not None:
         attend = _decode_on_cpu if pages.device.type == "cpu" else _decode
         out = attend(codec, plan.decode, q, pages, local, scale, sink_tokens)

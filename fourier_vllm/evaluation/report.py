@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,9 @@ def markdown(data: Mapping[str, Any]) -> str:
     return "\n".join(text)
 
 
-def table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; the first column is text."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *cells]
+def table(head: Sequence[str], cells: Iterable[Sequence[str]], num_names: int = 1) -> list[str]:
+    """Lines of a Markdown table; the first `num_names` columns are text, the others numbers."""
+    lines = [head, ["---"] * num_names + ["---:"] * (len(head) - num_names), *cells]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 

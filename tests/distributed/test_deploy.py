@@ -14,6 +14,7 @@ import pytest
 
 from fourier_vllm.server import free_port
 from tests.distributed.commands import fourier_vllm
+from tests.openai_client import openai_client
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -48,14 +49,7 @@ def deployment(smollm2, environment, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(deployment):
-    from openai import DefaultHttpxClient, OpenAI
-
-    return OpenAI(
-        base_url=f"http://127.0.0.1:{deployment[0]}/v1",
-        api_key="none",
-        timeout=120,
-        http_client=DefaultHttpxClient(trust_env=False),
-    )
+    return openai_client(f"http://127.0.0.1:{deployment[0]}", 120)
 
 
 def ask(client) -> str:

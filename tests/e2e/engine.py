@@ -12,6 +12,7 @@ from tests.e2e.toys import VOCAB_SIZE
 
 # Small pages and windows, so that short sequences go through every edge.
 LOSSLESS = dict(target="lossless", page_size=32, local_window=48, sink_tokens=16)
+KERNELS_LOSSLESS = LOSSLESS | dict(page_size=64, local_window=80)  # the kernels' smallest pages
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.engine import (
+    KERNELS_LOSSLESS,
     conversation,
     count_preemptions,
     engine,
@@ -20,7 +21,6 @@ pytestmark = pytest.mark.gpu
 # Otherwise stock attention multiplies float32 with 10 bits, and near ties of a random model fall either way.
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
-LOSSLESS = dict(target="lossless", page_size=64, local_window=80, sink_tokens=16)
 GPU = dict(
     kernel_config={"enable_flashinfer_autotune": False},
     kv_cache_memory_bytes=256 << 20,
@@ -55,21 +55,21 @@ def stock(toy):
     ],
 )
 def test_tokens_equal_stock(toy, stock, fourier, options):
-    assert run(toy(), LOSSLESS | fourier, **options) == stock
+    assert run(toy(), KERNELS_LOSSLESS | fourier, **options) == stock
 
 
 @pytest.mark.parametrize(("prefill", "blocks"), [("windowed", 24), ("exact", 22)])
 def test_preemption_and_recompute(toy, stock, prefill, blocks):
     pool = dict(num_gpu_blocks_override=blocks, max_model_len=512)
     with count_preemptions() as count:
-        assert run(toy(), LOSSLESS | {"prefill": prefill}, **GRAPHS, **pool) == stock
+        assert run(toy(), KERNELS_LOSSLESS | {"prefill": prefill}, **GRAPHS, **pool) == stock
     assert count[0] > 0
 
 
 @pytest.mark.parametrize("family", ["llama-mqa", "llama-wide", "qwen3"])
 def test_families(toy, family):
     model = toy(family)
-    assert run(model, LOSSLESS, **GRAPHS) == run(model, None)
+    assert run(model, KERNELS_LOSSLESS, **GRAPHS) == run(model, None)
 
 
 @pytest.mark.parametrize("early", [0, 112])
@@ -82,7 +82,7 @@ def test_free_blocks_are_never_read(toy, stock, monkeypatch, early):
         FourierLocalManager, "_first_kept", lambda self, n: original(self, n + early)
     )
     with (
-        engine(toy(), LOSSLESS, enable_prefix_caching=False, **GPU) as llm,
+        engine(toy(), KERNELS_LOSSLESS, enable_prefix_caching=False, **GPU) as llm,
         poison_free_blocks(llm),
     ):
         assert (conversation(llm) == stock) == (early == 0)
@@ -94,7 +94,10 @@ def test_prompts_in_bfloat16(toy, prefill, prompt_attention):
     if prompt_attention == "xformers":
         pytest.importorskip("xformers.ops")
     results = []
-    for fourier in (None, LOSSLESS | {"prefill": prefill, "prompt_attention": prompt_attention}):
+    for fourier in (
+        None,
+        KERNELS_LOSSLESS | {"prefill": prefill, "prompt_attention": prompt_attention},
+    ):
         with engine(toy("llama-mqa"), fourier, dtype="bfloat16", **GPU) as llm:
             (output,) = generate(llm, prompts()[3:4], 1, prompt_logprobs=0)
             results.append([next(iter(x.values())).logprob for x in output.prompt_logprobs[1:]])
@@ -107,4 +110,4 @@ def test_two_gpus(toy, stock, split):
 
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    assert run(toy(), LOSSLESS, **GRAPHS, **split) == stock
+    assert run(toy(), KERNELS_LOSSLESS, **GRAPHS, **split) == stock

@@ -10,6 +10,7 @@ import requests
 
 from fourier_vllm.evaluation.text import documents
 from fourier_vllm.server import Server
+from tests.openai_client import openai_client
 
 NEEDLE = "IMPORTANT: the secret password is 'bluebird'."
 QUESTION = "What is the secret password?"
@@ -32,14 +33,7 @@ def server(smollm2, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(server):
-    from openai import DefaultHttpxClient, OpenAI
-
-    return OpenAI(
-        base_url=f"{server.url}/v1",
-        api_key="none",
-        timeout=600,
-        http_client=DefaultHttpxClient(trust_env=False),
-    )
+    return openai_client(server.url, 600)
 
 
 @pytest.fixture(scope="module")

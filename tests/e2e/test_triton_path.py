@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.engine import engine, generate, poison_free_blocks, prompts, tokens
+from tests.e2e.engine import KERNELS_LOSSLESS, engine, generate, poison_free_blocks, prompts, tokens
 from tests.triton_kernels import DEVICE, needs_triton
 
 pytestmark = [
@@ -15,7 +15,6 @@ pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU test_gpu_engine.py runs them compiled"),
 ]
 
-LOSSLESS = dict(target="lossless", page_size=64, local_window=80, sink_tokens=16)
 # The interpreter copies whole caches for every launch.
 SMALL = dict(num_gpu_blocks_override=40, max_model_len=512)
 
@@ -50,7 +49,7 @@ def stock(toy):
 
 @pytest.mark.parametrize("prefill", ["windowed", "exact"])
 def test_tokens_equal_stock(toy, stock, on_the_gpu_path, prefill):
-    fourier = LOSSLESS | {"prefill": prefill}
+    fourier = KERNELS_LOSSLESS | {"prefill": prefill}
     with engine(toy(), fourier, **SMALL) as llm, poison_free_blocks(llm):
         layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
         assert layers["model.layers.0.self_attn.attn"].impl.gpu is not None
