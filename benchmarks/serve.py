@@ -4,7 +4,7 @@
 
 Needs a GPU. Engines run one after the other, each in a process of its own, with the same prompts of random
 tokens in the same share of the GPU's memory, prefix caching off. Without `--model`: the shape of Llama-3.1-8B
-with made-up weights. `python benchmarks/serve_report.py` makes docs/results.md from the JSON.
+(or `--shape`) with made-up weights. `python benchmarks/serve_report.py` makes docs/results.md from the JSON.
 """
 
 from __future__ import annotations
@@ -26,24 +26,41 @@ from typing import Any
 from fourier_vllm.evaluation.machine import commit, versions
 
 ROOT = Path(__file__).resolve().parent.parent
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+COMMON = {
     "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": 128,
-    "vocab_size": 128256,
     "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
     "torch_dtype": "bfloat16",
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
     "tie_word_embeddings": False,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": COMMON
+    | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    },
+    "qwen3-8b": COMMON
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "vocab_size": 151936,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+    },
 }
 ENGINES: dict[str, dict[str, Any]] = {
     "stock": {"attention_backend": "FLASH_ATTN"},
@@ -65,7 +82,8 @@ MAX_SEQS = 160
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="folder; default: Llama-3.1-8B's shape, made-up weights")
+    parser.add_argument("--model", help="folder; default: made-up weights of a shape")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument(
         "--max-model-lens", nargs="+", type=int, choices=CONTEXTS, default=list(CONTEXTS)
@@ -86,7 +104,7 @@ def settings(
     model = args.model
     if model is None:
         model = folder
-        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B))
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[args.shape]))
     return {
         "model": model,
         "load_format": "auto" if args.model else "dummy",
@@ -223,7 +241,7 @@ def main() -> None:
     args = parse()
     done = json.loads(args.out.read_text()) if args.append and args.out.exists() else []
     about = {
-        "model": args.model or "llama-3.1-8b shape, made-up weights",
+        "model": args.model or f"{args.shape} shape, made-up weights",
         "gpu": ask_driver("name"),
         "commit": commit(),
         **versions("vllm", "triton"),

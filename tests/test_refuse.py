@@ -161,6 +161,15 @@ MODELS = {
         ),
         "attn_logit_softcapping",
     ),
+    "sliding-windows-alone": (
+        dict(
+            DECODER,
+            architectures=["MistralForCausalLM"],
+            model_type="mistral",
+            sliding_window=256,
+        ),
+        "add --disable-sliding-window",
+    ),
     "alibi-always": (
         dict(
             SIZES,

@@ -16,11 +16,23 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from fourier_vllm import register
-from fourier_vllm.engine.platform import BACKEND_PATH, NAME, is_selected, member
-from tests.scheduling import engine_config
+from fourier_vllm.engine.platform import (
+    BACKEND_PATH,
+    NAME,
+    is_selected,
+    leave_sliding_windows,
+    member,
+)
+from tests.scheduling import LLAMA, engine_config
 
 SELECTOR = AttentionSelectorConfig(
     head_size=64, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=None
+)
+GEMMA3 = LLAMA | dict(
+    architectures=["Gemma3ForCausalLM"],
+    model_type="gemma3_text",
+    sliding_window=64,
+    layer_types=["sliding_attention", "full_attention"],
 )
 on_cpu = pytest.mark.skipif(not current_platform.is_cpu(), reason="the wrapper is for CPUs")
 
@@ -135,6 +147,20 @@ def test_selected_configuration_survives_pickling(tmp_path):
     assert again.attention_config.backend is member()
     assert again.compute_hash() == config.compute_hash()
     assert copy.deepcopy(config).attention_config.backend is member()
+
+
+def test_layers_with_sliding_windows_are_left_to_vllm(tmp_path):
+    """What a GPU's platform does; the CPU runs them itself."""
+    options = dict(max_model_len=512, attention_backend="fourier")
+    config = engine_config(tmp_path, GEMMA3, **options)
+    leave_sliding_windows(config)
+    again = pickle.loads(pickle.dumps(config)).attention_config
+    assert again.backend is None
+    assert again.backend_per_kind == {"full_attention": member()}
+    assert is_selected(config)
+    config = engine_config(tmp_path, **options)
+    leave_sliding_windows(config)
+    assert config.attention_config.backend is member()
 
 
 def test_options_are_part_of_the_hash(tmp_path):

@@ -132,8 +132,8 @@ class FourierImpl(AttentionImpl):
         if self.sliding_window is not None:
             if device.type != "cpu":
                 raise ValueError(
-                    "attention backend fourier does not support sliding-window layers on a GPU: add "
-                    "--attention-config.backend_per_kind.sliding_window FLASH_ATTN."
+                    "attention backend fourier does not support sliding-window layers on a GPU: leave out "
+                    "--attention-config.backend_per_kind.sliding_window."
                 )
             stock = type(layer).get_kv_cache_spec.__get__(layer)
             # Pages of the usual 128 tokens would be split over many cache groups.

@@ -38,6 +38,21 @@ def is_selected(vllm_config: Any) -> bool:
     return member() in (attention.backend, *per_kind.values())
 
 
+def leave_sliding_windows(vllm_config: Any) -> None:
+    """Choose FOURIER for full attention alone where layers with a sliding window stand beside it.
+
+    There is nothing to compress in those: vLLM chooses their backend as if FOURIER were not there.
+    """
+    from fourier_vllm.engine.recipes import compressed_layers
+
+    attention, model = vllm_config.attention_config, vllm_config.model_config
+    if attention.backend is not member():
+        return
+    if len(compressed_layers(model)) < model.hf_text_config.num_hidden_layers:
+        attention.backend = None
+        attention.backend_per_kind.setdefault("full_attention", member())
+
+
 def install() -> None:
     """Register the name and wrap the platform's two hooks; a second call does nothing."""
     from vllm.platforms import current_platform
@@ -63,6 +78,8 @@ def _wrap_config_check(platform: Any) -> None:
 
             if check_config(vllm_config).recipe is None:
                 log_predicted()
+            if vllm_config.device_config.device_type != "cpu":
+                leave_sliding_windows(vllm_config)
         original(cls, vllm_config)
 
     platform.check_and_update_config = classmethod(check_and_update_config)

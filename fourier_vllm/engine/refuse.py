@@ -77,6 +77,11 @@ def _problems(vllm_config: Any) -> Iterator[tuple[str, str]]:
         yield "--kv-offloading-size", "leave it out"
     if vllm_config.kv_transfer_config is not None:
         yield "KV connectors (--kv-transfer-config)", "leave it out"
+    if cache.sliding_window is not None:
+        yield (
+            f"a sliding window of {cache.sliding_window} tokens in every layer",
+            f"{WAY_OUT}, or add --disable-sliding-window, which limits requests to that length",
+        )
     if vllm_config.speculative_config is not None:
         yield "speculative decoding (--speculative-config)", "leave it out"
     if parallel.decode_context_parallel_size > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import random
 from collections.abc import Iterator
@@ -15,14 +16,9 @@ LOSSLESS = dict(target="lossless", page_size=32, local_window=48, sink_tokens=16
 KERNELS_LOSSLESS = LOSSLESS | dict(page_size=64, local_window=80)  # the kernels' smallest pages
 
 
-@contextmanager
-def engine(model: Any, fourier: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
-    """An LLM in this process; `fourier` selects the backend, None is stock vLLM."""
-    import torch
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    settings: dict[str, Any] = dict(
+def settings(fourier: dict[str, Any] | None) -> dict[str, Any]:
+    """Options of an engine of a toy model."""
+    common: dict[str, Any] = dict(
         dtype="float32",
         enforce_eager=True,
         max_model_len=1024,
@@ -32,9 +28,19 @@ def engine(model: Any, fourier: dict[str, Any] | None = None, **options: Any) ->
         skip_tokenizer_init=True,
         seed=0,
     )
-    if fourier is not None:
-        settings |= dict(attention_backend="fourier", additional_config={"fourier": fourier})
-    llm = LLM(str(model), **settings | options)
+    if fourier is None:
+        return common
+    return common | dict(attention_backend="fourier", additional_config={"fourier": fourier})
+
+
+@contextmanager
+def engine(model: Any, fourier: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
+    """An LLM in this process; `fourier` selects the backend, None is stock vLLM."""
+    import torch
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(str(model), **settings(fourier) | options)
     try:
         yield llm
     finally:
@@ -43,6 +49,36 @@ def engine(model: Any, fourier: dict[str, Any] | None = None, **options: Any) ->
         gc.collect()
         cleanup_dist_env_and_memory()
         torch._dynamo.reset()
+
+
+def generate_on_replicas(
+    model: Any, fourier: dict[str, Any], ids: list[list[int]], max_tokens: int, **options: Any
+) -> list[list[int]]:
+    """Greedy tokens from two engines that share the requests (data parallel)."""
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, detokenize=False, ignore_eos=True)
+
+    async def run() -> list[list[int]]:
+        args = AsyncEngineArgs(
+            model=str(model), data_parallel_size=2, **settings(fourier) | options
+        )
+        llm = AsyncLLM.from_engine_args(args)
+
+        async def one(i: int, prompt: list[int]) -> list[int]:
+            request = llm.generate({"prompt_token_ids": prompt}, params, request_id=str(i))
+            async for output in request:
+                last = output
+            return list(last.outputs[0].token_ids)
+
+        try:
+            return await asyncio.gather(*(one(i, x) for i, x in enumerate(ids)))
+        finally:
+            llm.shutdown()
+
+    return asyncio.run(run())
 
 
 def prompts(seed: int = 0) -> list[list[int]]:
@@ -79,6 +115,22 @@ def conversation(llm: Any, max_tokens: int = 64) -> list[list[int]]:
     again = generate(llm, ids, max_tokens)
     turns = [p + a + [7, 8, 9] for p, a in zip(ids[:4], tokens(first)[:4], strict=True)]
     return tokens(first) + tokens(again) + tokens(generate(llm, turns, max_tokens))
+
+
+def blocks_held_after_abort(llm: Any) -> int:
+    """Give up all prompts in the middle of their answers."""
+    from vllm import SamplingParams
+
+    core, params = llm.llm_engine, SamplingParams(max_tokens=50, detokenize=False)
+    for i, ids in enumerate(prompts()):
+        core.add_request(str(i), {"prompt_token_ids": ids}, params)
+    for _ in range(6):
+        core.step()
+    core.abort_request([str(i) for i in range(len(prompts()))])
+    while core.has_unfinished_requests():
+        core.step()
+    pool = core.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
 
 
 @contextmanager

@@ -9,12 +9,15 @@ import pytest
 
 from tests.e2e.engine import (
     KERNELS_LOSSLESS,
+    blocks_held_after_abort,
     conversation,
     count_preemptions,
     engine,
     generate,
+    generate_on_replicas,
     poison_free_blocks,
     prompts,
+    tokens,
 )
 
 pytestmark = pytest.mark.gpu
@@ -52,6 +55,7 @@ def stock(toy):
         pytest.param({}, GRAPHS | {"enable_prefix_caching": False}, id="graphs-no-prefix-cache"),
         pytest.param({"prefill": "exact"}, GRAPHS, id="exact"),
         pytest.param({}, GRAPHS | {"async_scheduling": False}, id="no-async-scheduling"),
+        pytest.param({}, {"enforce_eager": False}, id="compiled"),
     ],
 )
 def test_tokens_equal_stock(toy, stock, fourier, options):
@@ -66,10 +70,23 @@ def test_preemption_and_recompute(toy, stock, prefill, blocks):
     assert count[0] > 0
 
 
-@pytest.mark.parametrize("family", ["llama-mqa", "llama-wide", "qwen3"])
+@pytest.mark.parametrize("family", ["llama-mqa", "llama-wide", "qwen3", "gemma3"])
 def test_families(toy, family):
     model = toy(family)
     assert run(model, KERNELS_LOSSLESS, **GRAPHS) == run(model, None)
+
+
+def test_samples_and_abort(toy):
+    """Three samples a prompt; then requests that are given up leave nothing behind."""
+    results = []
+    for fourier in (None, KERNELS_LOSSLESS):
+        backend = {} if fourier else {"attention_backend": "TRITON_ATTN"}
+        with engine(toy(), fourier, **GPU | GRAPHS | backend) as llm:
+            outputs = generate(llm, prompts()[:4], 80, n=3, temperature=0.8, seed=11)
+            results.append(tokens(outputs))
+            if fourier:
+                assert blocks_held_after_abort(llm) == 0
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("early", [0, 112])
@@ -88,9 +105,10 @@ def test_free_blocks_are_never_read(toy, stock, monkeypatch, early):
         assert (conversation(llm) == stock) == (early == 0)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("prompt_attention", ["flash", "xformers", "torch"])
 @pytest.mark.parametrize("prefill", ["windowed", "exact"])
-def test_prompts_in_bfloat16(toy, prefill, prompt_attention):
+def test_prompts_in_half_precision(toy, prefill, prompt_attention, dtype):
     if prompt_attention == "xformers":
         pytest.importorskip("xformers.ops")
     results = []
@@ -98,7 +116,7 @@ def test_prompts_in_bfloat16(toy, prefill, prompt_attention):
         None,
         KERNELS_LOSSLESS | {"prefill": prefill, "prompt_attention": prompt_attention},
     ):
-        with engine(toy("llama-mqa"), fourier, dtype="bfloat16", **GPU) as llm:
+        with engine(toy("llama-mqa"), fourier, dtype=dtype, **GPU) as llm:
             (output,) = generate(llm, prompts()[3:4], 1, prompt_logprobs=0)
             results.append([next(iter(x.values())).logprob for x in output.prompt_logprobs[1:]])
     assert max(abs(a - b) for a, b in zip(*results, strict=True)) < 0.1
@@ -106,8 +124,18 @@ def test_prompts_in_bfloat16(toy, prefill, prompt_attention):
 
 @pytest.mark.parametrize("split", [dict(tensor_parallel_size=2), dict(pipeline_parallel_size=2)])
 def test_two_gpus(toy, stock, split):
+    needs_two_gpus()
+    assert run(toy(), KERNELS_LOSSLESS, **GRAPHS, **split) == stock
+
+
+def test_replicas_on_two_gpus(toy, stock):
+    needs_two_gpus()
+    found = generate_on_replicas(toy(), KERNELS_LOSSLESS, prompts(), 64, **GPU | GRAPHS)
+    assert found == stock[: len(found)]
+
+
+def needs_two_gpus() -> None:
     import torch
 
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    assert run(toy(), KERNELS_LOSSLESS, **GRAPHS, **split) == stock

@@ -1,4 +1,4 @@
-"""Spawned engine and worker processes, tensor parallel, torch.compile, and vLLM's own bench commands."""
+"""Spawned engine and worker processes, tensor and data parallel, torch.compile, vLLM's bench commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.engine import LOSSLESS, engine, generate, prompts, tokens
+from tests.e2e.engine import LOSSLESS, engine, generate, generate_on_replicas, prompts, tokens
 
 # Runs in a process of its own; arguments: model, fourier options or null, further options, result file.
 SCRIPT = """
@@ -53,6 +53,12 @@ def test_spawned_engine(root, tmp_path, toy, stock):
 def test_tensor_parallel(root, tmp_path, toy, stock):
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     assert run(root, tmp_path, toy(), environment, tensor_parallel_size=2) == stock
+
+
+def test_data_parallel(toy, stock, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert generate_on_replicas(toy(), LOSSLESS, prompts()[2:], 40) == stock
 
 
 def test_compiled(toy, stock):

@@ -6,6 +6,7 @@ import pytest
 
 from tests.e2e.engine import (
     LOSSLESS,
+    blocks_held_after_abort,
     conversation,
     count_preemptions,
     engine,
@@ -108,19 +109,5 @@ def test_prompt_logprobs(toy):
 
 def test_abort_frees_everything(toy, stock):
     with engine(toy(), LOSSLESS) as llm:
-        core = llm.llm_engine
-        from vllm import SamplingParams
-
-        for i, ids in enumerate(prompts()):
-            core.add_request(
-                str(i), {"prompt_token_ids": ids}, SamplingParams(max_tokens=50, detokenize=False)
-            )
-        for _ in range(6):
-            core.step()
-        core.abort_request([str(i) for i in range(len(prompts()))])
-        while core.has_unfinished_requests():
-            core.step()
-        scheduler = core.engine_core.engine_core.scheduler
-        pool = scheduler.kv_cache_manager.block_pool
-        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+        assert blocks_held_after_abort(llm) == 0
         assert conversation(llm) == stock
