@@ -174,7 +174,7 @@ class FourierImpl(AttentionImpl):
         return GpuPath(
             self.codec.layout,
             self.window,
-            choose(name, self.head_size, dtype, self.scale),
+            choose(name, self.head_size, dtype, self.scale, device),
             self.num_heads,
             self.scale,
             dtype,

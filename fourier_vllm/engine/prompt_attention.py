@@ -136,16 +136,26 @@ def flash_attention_version(head_size: int, dtype: torch.dtype) -> int | None:
     return get_flash_attn_version(head_size=head_size)
 
 
-def has_xformers() -> bool:
-    """Whether xformers can be imported."""
+def xformers_problem(head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why xformers' attention does not run here; a build for another torch imports and has no kernels."""
     try:
         import xformers.ops  # noqa: F401
     except ImportError:
-        return False
-    return True
+        return "cannot be imported"
+    x = torch.zeros(1, 1, head_size, dtype=dtype, device=device)
+    starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    piece = Piece(0, slice(0, 1), [1], [1])
+    piece.query_starts = piece.key_starts = starts
+    try:
+        Xformers(1.0)(piece, x, x, x, torch.empty_like(x))
+    except NotImplementedError:
+        return f"has no kernels for this GPU, this torch, {dtype} and heads of {head_size}"
+    return None
 
 
-def choose(name: str, head_size: int, dtype: torch.dtype, scale: float) -> PromptAttention:
+def choose(
+    name: str, head_size: int, dtype: torch.dtype, scale: float, device: torch.device
+) -> PromptAttention:
     """The implementation that option `prompt_attention` names, or the best there is.
 
     Raises
@@ -163,15 +173,18 @@ def choose(name: str, head_size: int, dtype: torch.dtype, scale: float) -> Promp
             f"additional_config fourier: prompt_attention flash has no kernels for this GPU, {dtype} and "
             f"heads of {head_size}: leave it out."
         )
-    if has_xformers():
+    problem = xformers_problem(head_size, dtype, device)
+    if problem is None:
         logger.info_once("fourier: prompts use xformers' attention.")
         return Xformers(scale)
     if name == "xformers":
         raise ValueError(
-            "additional_config fourier: prompt_attention xformers needs xformers, which cannot be imported: "
-            "install fourier-vllm[xformers], or leave it out."
+            f"additional_config fourier: prompt_attention xformers needs xformers, which {problem}: "
+            "install the fourier-vllm[xformers] that fits this torch, or leave it out."
         )
     logger.warning_once(
-        "fourier: no FlashAttention for this GPU or dtype, no xformers; prompts use PyTorch's attention."
+        "fourier: no FlashAttention for this GPU or dtype, and xformers %s; prompts use PyTorch's "
+        "attention.",
+        problem,
     )
     return TorchAttention(scale)
