@@ -17,6 +17,7 @@ from torch import Tensor
 from fourier_vllm.kernels.batch import Tokens
 from fourier_vllm.kernels.codecs import range_share
 from fourier_vllm.kernels.codecs_fragments import run_of
+from fourier_vllm.kernels.launch import Launch
 from fourier_vllm.kernels.seal_fragments import seal_columns, seal_rotated, token_of_row
 from fourier_vllm.kernels.seal_plain import seal_channel, seal_tokens
 from fourier_vllm.kernels.split import BATCH_POINTERS, TL_DTYPES
@@ -179,11 +180,11 @@ def completed_pages(p_seq_lens, p_query_start, o_b, B, W: tl.constexpr):
 )
 def seal_kernel(
     p_k, p_v, p_local, p_local_table, p_slots, p_pages, p_page_table, p_seq_lens, p_query_start,
+    stride_k, stride_v, stride_block, stride_head, stride_token, stride_page,
+    stride_local_table, stride_page_table, S, B, T,
     p_basis, p_signs, p_sign_bits, p_k_dims, p_v_dims, p_column_start, p_column_dim, p_column_level,
     ok_coef, ok_coef_scale, ok_raw, ok_codes, ok_scale, ok_zero,
-    ov_coef, ov_coef_scale, ov_raw, ov_codes, ov_scale, ov_zero, ov_high,
-    stride_k, stride_v, stride_block, stride_head, stride_token, stride_local_table,
-    stride_page, stride_page_table, signs_scale, S, M, B, T,
+    ov_coef, ov_coef_scale, ov_raw, ov_codes, ov_scale, ov_zero, ov_high, signs_scale, M,
     BT: tl.constexpr, BB: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr,
     ET: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr, V_BITS: tl.constexpr,
     SHARE: tl.constexpr, DTYPE: tl.constexpr,
@@ -232,25 +233,42 @@ def seal(tables: Tables, tokens: Tokens, slots: Tensor) -> None:
         Cells of the first n tokens; padding (negative) and the null block's cells are not written.
     """
     k, v, local, pages, local_table, page_table, seq_lens, query_start_loc, sink_tokens = tokens
+    tensors = (k, v, local, local_table, slots, pages, page_table, seq_lens, query_start_loc)
+    strides = (k.stride(0), v.stride(0), *local.stride()[:3], pages.stride(0))
+    # What the kernel is specialized for, beside the tables.
+    aligned = (k.data_ptr() | v.data_ptr() | local.data_ptr() | pages.data_ptr()) % 16 == 0
+    key = (k.dtype, local.shape[2], strides)
+    launch = tables.seal_launches.get(key) if aligned else None
+    if launch is None:
+        launch = _launch(tables, k.dtype, local.shape[2])
+        if aligned:
+            tables.seal_launches[key] = launch
+    rows = local_table.stride(0), page_table.stride(0)
+    launch(tensors, *strides, *rows, sink_tokens, seq_lens.shape[0], slots.shape[0])
+
+
+def _launch(tables: Tables, dtype: torch.dtype, block_size: int) -> Launch:
     layout, kt, vt = tables.layout, tables.k, tables.v
     H, W, D, m = layout.num_kv_heads, layout.page_size, layout.head_size, layout.coefficients
     # Signs times 16-bit values are exact in the dtype of the values.
-    exact = k.element_size() == 2 and next_power_of_2(D) == D
+    exact = dtype.itemsize == 2 and next_power_of_2(D) == D
     # Triton's interpreter multiplies bfloat16 as if it were integers.
-    exact &= not (triton.knobs.runtime.interpret and k.dtype == torch.bfloat16)
-    grid = (H, (PROGRAMS_PER_SM * tables.num_sms // H - 1) | 1)
-    seal_kernel[grid](
-        k, v, local, local_table, slots, pages, page_table, seq_lens, query_start_loc,
-        tables.basis, tables.signs, tables.sign_bits, kt.dims, vt.dims,
-        kt.column_start, kt.column_dim, kt.column_level, *kt.offsets, *tables.v_offsets,
-        k.stride(0), v.stride(0), *local.stride()[:3], local_table.stride(0),
-        pages.stride(0), page_table.stride(0), tables.signs_scale, sink_tokens,
-        tables.num_rows, len(seq_lens), len(slots),
-        BT=TOKENS_AT_ONCE, BB=128, H=H, D=D, BD=next_power_of_2(D), W=W, ET=8,
-        BK=min(128 if exact else 64, next_power_of_2(D)),
-        BLOCK=local.shape[2], V_BITS=tables.v_bits, SHARE=range_share(tables.v_bits),
-        DTYPE=TL_DTYPES[k.dtype],
-        **tables.kinds(),
-        FRAGMENTS=layout.fragments, MEANS=m > 0, EV=run_of(D // 8), EH=run_of(max(D // 16, 1)),
-        EXACT=exact, num_warps=4, num_stages=1,
+    exact &= not (triton.knobs.runtime.interpret and dtype == torch.bfloat16)
+    return Launch(
+        seal_kernel,
+        (H, (PROGRAMS_PER_SM * tables.num_sms // H - 1) | 1, 1),
+        (
+            tables.basis, tables.signs, tables.sign_bits, kt.dims, vt.dims,
+            kt.column_start, kt.column_dim, kt.column_level, *kt.offsets, *tables.v_offsets,
+            tables.signs_scale, tables.num_rows,
+        ),
+        dict(
+            BT=TOKENS_AT_ONCE, BB=128, H=H, D=D, BD=next_power_of_2(D), W=W, ET=8,
+            BK=min(128 if exact else 64, next_power_of_2(D)), BLOCK=block_size, V_BITS=tables.v_bits,
+            SHARE=range_share(tables.v_bits), DTYPE=TL_DTYPES[dtype], **tables.kinds(),
+            FRAGMENTS=layout.fragments, MEANS=m > 0, EV=run_of(D // 8), EH=run_of(max(D // 16, 1)),
+            EXACT=exact,
+        ),
+        num_warps=4,
+        num_stages=1,
     )  # fmt: skip

@@ -93,7 +93,9 @@ class GpuPath:
         """One layer of one step."""
         pages, local, window = step.metadata, step.local_metadata, self.window
         plan = pages.once(
-            local, window, lambda: make_plan(window, pages, local, self.prefill.capacity)
+            local,
+            window,
+            lambda: make_plan(window, pages, local, step.k.shape[0], self.prefill.capacity),
         )
         tokens = Tokens(
             step.k,
@@ -106,7 +108,7 @@ class GpuPath:
             pages.query_start_loc,
             window.sink_tokens,
         )
-        seal(self.tables, tokens, local.slot_mapping[: len(step.k)])
+        seal(self.tables, tokens, plan.slots)
         if plan.num_decodes:
             self._decode(plan, step)
         if plan.pieces:

@@ -48,6 +48,8 @@ class GpuPlan:
 
     Attributes
     ----------
+    slots : torch.Tensor
+        `[T]`, where the step's tokens go in the local cache.
     num_pages, gap_pages : torch.Tensor
         `[N]` int32, see `kernels.read_bounds`.
     pieces : list of Piece
@@ -57,6 +59,7 @@ class GpuPlan:
     """
 
     num_decodes: int
+    slots: torch.Tensor
     num_pages: torch.Tensor
     gap_pages: torch.Tensor
     pieces: list[Piece] = field(default_factory=list)
@@ -64,7 +67,11 @@ class GpuPlan:
 
 
 def make_plan(
-    window: Window, pages: FourierMetadata, local: FourierMetadata, capacity: int
+    window: Window,
+    pages: FourierMetadata,
+    local: FourierMetadata,
+    num_tokens: int,
+    capacity: int,
 ) -> GpuPlan:
     """Plan a step of a layer.
 
@@ -72,6 +79,8 @@ def make_plan(
     ----------
     pages, local : FourierMetadata
         Of the two caches.
+    num_tokens : int
+        Of the step, padding included.
     capacity : int
         Keys of a piece, at most; a multiple of the page size, and a page more than a step has tokens.
     """
@@ -97,7 +106,7 @@ def make_plan(
             num_pages,
             gap_pages,
         )
-    plan = GpuPlan(num_decodes, num_pages, gap_pages)
+    plan = GpuPlan(num_decodes, local.slot_mapping[:num_tokens], num_pages, gap_pages)
     if num_decodes < n:
         known = pages.seq_lens_cpu  # exact for requests that are prefilled
         seq_lens = (pages.seq_lens.cpu() if known is None else known)[num_decodes:]

@@ -48,15 +48,15 @@ class FlashAttention(PromptAttention):
     can_split = True
 
     def __init__(self, scale: float, version: int) -> None:
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
         super().__init__(scale)
-        self.version = version
+        self.version, self.attend = version, flash_attn_varlen_func
 
     def __call__(
         self, piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> torch.Tensor:
-        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
-
-        _, lse, *_ = flash_attn_varlen_func(
+        _, lse, *_ = self.attend(
             q=q,
             k=k,
             v=v,
