@@ -135,10 +135,10 @@ def cases(
 ) -> Iterator[tuple[int, int, bool]]:
     """Contexts, batches, and whether a batch is as large as fits."""
     for context in CONTEXTS[max_model_len]:
-        fit = min(kv_tokens // context, MAX_SEQS, args.max_prefill // context)
-        sizes = {int(x): False for x in args.batches if x != FIT and int(x) <= fit}
+        fit, most = min(kv_tokens // context, MAX_SEQS), args.max_prefill // context
+        sizes = {int(x): False for x in args.batches if x != FIT and int(x) <= min(fit, most)}
         if FIT in args.batches and context == max_model_len:
-            sizes[fit] = True
+            sizes[min(fit, most)] = fit <= most
         for batch, is_fit in sizes.items():
             yield context, batch, is_fit
 
