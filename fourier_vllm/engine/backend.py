@@ -108,7 +108,6 @@ class FourierImpl(AttentionImpl):
         self.sliding_window = sliding_window
         self.local: FourierLocalCache | None = None
         self.gpu: GpuPath | None = None
-        self._pages: tuple[torch.Tensor, torch.Tensor] | None = None
         self._ancestry = Ancestry(self)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -215,12 +214,6 @@ class FourierImpl(AttentionImpl):
             page_bytes=pages_bytes // num_layers,
         )
 
-    def _bytes_of(self, kv_cache: torch.Tensor) -> torch.Tensor:
-        """The page cache, `[blocks, page_bytes]` uint8; kept, since views take the host time."""
-        if self._pages is None or self._pages[0] is not kv_cache:
-            self._pages = kv_cache, kv_cache.view(torch.uint8)[:, 0, 0]
-        return self._pages[1]
-
     def forward(
         self,
         layer: Any,
@@ -248,7 +241,7 @@ class FourierImpl(AttentionImpl):
             query,
             key,
             value,
-            self._bytes_of(kv_cache),
+            kv_cache.view(torch.uint8)[:, 0, 0],
             self.local.kv_cache,
             output,
             attn_metadata,
