@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 import torch
-from vllm.config import CacheConfig, SchedulerConfig, VllmConfig
+from vllm.config import AttentionConfig, CacheConfig, SchedulerConfig, VllmConfig
 from vllm.forward_context import ForwardContext
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -25,7 +25,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.attention.selector import AttentionSelectorConfig, get_attn_backend
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.single_type_kv_cache_manager import (
@@ -334,6 +334,11 @@ def test_the_kernel_scan_still_needs_numba_hidden():
     install()
     CpuPlatform.register_triton_kernel_overrides()
     assert SCAN_BREAKER in sys.modules
+
+
+def test_a_kind_of_layer_can_have_a_backend_of_its_own():
+    assert "backend_per_kind" in fields(AttentionConfig)
+    assert "backend_per_kind.get(kind.value, backend)" in source(get_attn_backend)
 
 
 def test_selector_fields_are_validation_arguments():
