@@ -143,8 +143,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/serve.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md")
+    parser.add_argument("--model", default="llama-3.1-8b shape, made-up weights", help="its rows")
     args = parser.parse_args()
-    rows = [row for row in json.loads(args.results.read_text()) if "error" not in row]
+    rows = [row for row in json.loads(args.results.read_text()) if row["model"] == args.model]
+    rows = [row for row in rows if "error" not in row]
     measured = [row for row in rows if "context" in row]
     fit = [row for row in measured if row["fit"]]
     steps = [row for row in measured if not row["fit"]]
