@@ -135,10 +135,11 @@ def cases(
 ) -> Iterator[tuple[int, int, bool]]:
     """Contexts, batches, and whether a batch is as large as fits."""
     for context in CONTEXTS[max_model_len]:
-        fit, most = min(kv_tokens // context, MAX_SEQS), args.max_prefill // context
-        sizes = {int(x): False for x in args.batches if x != FIT and int(x) <= min(fit, most)}
+        fit = min(kv_tokens // context, MAX_SEQS)
+        largest = min(fit, args.max_prefill // context)
+        sizes = {int(x): False for x in args.batches if x != FIT and int(x) <= largest}
         if FIT in args.batches and context == max_model_len:
-            sizes[min(fit, most)] = fit <= most
+            sizes[largest] = largest == fit
         for batch, is_fit in sizes.items():
             yield context, batch, is_fit
 

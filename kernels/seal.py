@@ -236,13 +236,11 @@ def seal(tables: Tables, tokens: Tokens, slots: Tensor) -> None:
     tensors = (k, v, local, local_table, slots, pages, page_table, seq_lens, query_start_loc)
     strides = (k.stride(0), v.stride(0), *local.stride()[:3], pages.stride(0))
     # What the kernel is specialized for, beside the tables.
-    aligned = (k.data_ptr() | v.data_ptr() | local.data_ptr() | pages.data_ptr()) % 16 == 0
-    key = (k.dtype, local.shape[2], strides)
-    launch = tables.seal_launches.get(key) if aligned else None
+    aligned = [x.data_ptr() % 16 == 0 for x in (k, v, local, pages)]
+    key = (k.dtype, local.shape[2], strides, *aligned)
+    launch = tables.seal_launches.get(key)
     if launch is None:
-        launch = _launch(tables, k.dtype, local.shape[2])
-        if aligned:
-            tables.seal_launches[key] = launch
+        launch = tables.seal_launches[key] = _launch(tables, k.dtype, local.shape[2])
     rows = local_table.stride(0), page_table.stride(0)
     launch(tensors, *strides, *rows, sink_tokens, seq_lens.shape[0], slots.shape[0])
 

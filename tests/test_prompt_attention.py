@@ -9,13 +9,25 @@ from typing import Any
 import pytest
 import torch
 
-from fourier_vllm.engine.prompt_attention import TorchAttention, Xformers, choose
+from fourier_vllm.engine.prompt_attention import (
+    TorchAttention,
+    Xformers,
+    choose,
+    xformers_problem,
+)
 
 CPU = torch.device("cpu")
 
 
 def pick(name: str) -> Any:
     return choose(name, 64, torch.float32, 0.125, CPU)
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew():
+    xformers_problem.cache_clear()
+    yield
+    xformers_problem.cache_clear()
 
 
 @pytest.fixture

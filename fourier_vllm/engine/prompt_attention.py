@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cache
 
 import torch
 from vllm.logger import init_logger
@@ -136,6 +137,7 @@ def flash_attention_version(head_size: int, dtype: torch.dtype) -> int | None:
     return get_flash_attn_version(head_size=head_size)
 
 
+@cache
 def xformers_problem(head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why xformers' attention does not run here; a build for another torch imports and has no kernels."""
     try:
@@ -143,11 +145,8 @@ def xformers_problem(head_size: int, dtype: torch.dtype, device: torch.device) -
     except ImportError:
         return "cannot be imported"
     x = torch.zeros(1, 1, head_size, dtype=dtype, device=device)
-    starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
-    piece = Piece(0, slice(0, 1), [1], [1])
-    piece.query_starts = piece.key_starts = starts
     try:
-        Xformers(1.0)(piece, x, x, x, torch.empty_like(x))
+        Xformers(1.0)(Piece(0, slice(0, 1), [1], [1]), x, x, x, torch.empty_like(x))
     except NotImplementedError:
         return f"has no kernels for this GPU, this torch, {dtype} and heads of {head_size}"
     return None
