@@ -52,7 +52,7 @@ class Tokens(NamedTuple):
         Tokens of this step, keys after RoPE; heads of a row contiguous.
     local : Tensor [blocks, H, block_size, 2 * D]
         The local cache, K and V of a token side by side.
-    pages : Tensor [blocks, page_bytes], uint8
+    pages : Tensor [blocks, ..., page_bytes], uint8
         The page cache; a block may be wider than a page.
     local_table, page_table : Tensor [B, max_blocks], [B, max_pages], int32
         By position, and by index of the page.

@@ -145,7 +145,7 @@ def attend_pages(
 
     Parameters
     ----------
-    pages : Tensor [blocks, page_bytes], uint8
+    pages : Tensor [blocks, ..., page_bytes], uint8
         A block may be wider than a page.
     acc, lse : Tensor [T, Hq, n, D], [T, Hq, n], float32
         The first `splits` of n parts are written: normalised outputs (in V's rotated basis) and base-2

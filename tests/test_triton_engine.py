@@ -50,7 +50,8 @@ class Steps:
         pages = torch.randperm(B * LENGTH // W, generator=rng).view(B, -1).int() + 1
         self.page_table = pages.to(DEVICE)
         size = codec.layout.page_bytes + 256
-        self.pages = torch.full((B * LENGTH // W + 1, size), 0xFF, dtype=torch.uint8, device=DEVICE)
+        blocks = B * LENGTH // W + 1
+        self.pages = torch.full((blocks, 1, 1, size), 0xFF, dtype=torch.uint8, device=DEVICE)
         self.local = torch.full((int(ids.max()) + 1, H, BLOCK, 2 * D), torch.nan, device=DEVICE)
         self.lens = [0] * B
         self.rng = rng

@@ -241,7 +241,7 @@ class FourierImpl(AttentionImpl):
             query,
             key,
             value,
-            kv_cache.view(torch.uint8)[:, 0, 0],
+            kv_cache.view(torch.uint8),
             self.local.kv_cache,
             output,
             attn_metadata,

@@ -175,7 +175,7 @@ class GpuPath:
             q=zeros(T, self.num_heads, D),
             k=zeros(T, H, D),
             v=zeros(T, H, D),
-            pages=torch.zeros(1, layout.page_bytes, dtype=torch.uint8, device=device),
+            pages=torch.zeros(1, 1, 1, layout.page_bytes, dtype=torch.uint8, device=device),
             local=zeros(1, H, block, 2 * D),
             output=zeros(T, self.num_heads, D),
             metadata=metadata(W),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
 
 import torch
 
@@ -32,10 +31,6 @@ class Piece:
         The keys end with the queries themselves.
     query_starts, key_starts : torch.Tensor
         `[n + 1]` int32, where each request begins, and the end.
-    seq_lens : torch.Tensor
-        `[n]` int32, `key_lens`.
-    schedules : dict
-        What attention works out once for layers that are alike.
     """
 
     first_row: int
@@ -46,8 +41,6 @@ class Piece:
     is_last: bool = True
     query_starts: torch.Tensor = field(init=False)
     key_starts: torch.Tensor = field(init=False)
-    seq_lens: torch.Tensor = field(init=False)
-    schedules: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -168,12 +161,9 @@ def cut(
 
 
 def _send(pieces: list[Piece], device: torch.device) -> None:
-    """Put where requests begin and how long they are on the device, all in one copy."""
-    rows: list[list[int]] = []
-    for piece in pieces:
-        starts = [[0, *accumulate(x)] for x in (piece.query_lens, piece.key_lens)]
-        rows += [*starts, piece.key_lens]
-    flat = torch.tensor([x for row in rows for x in row], dtype=torch.int32)
-    sent = flat.to(device, non_blocking=True).split([len(row) for row in rows])
+    """Put where requests begin on the device, all in one copy."""
+    lens = [x for piece in pieces for x in (piece.query_lens, piece.key_lens)]
+    starts = torch.tensor([x for row in lens for x in (0, *accumulate(row))], dtype=torch.int32)
+    sent = starts.to(device, non_blocking=True).split([len(row) + 1 for row in lens])
     for i, piece in enumerate(pieces):
-        piece.query_starts, piece.key_starts, piece.seq_lens = sent[3 * i : 3 * i + 3]
+        piece.query_starts, piece.key_starts = sent[2 * i : 2 * i + 2]

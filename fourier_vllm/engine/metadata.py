@@ -76,7 +76,7 @@ class LayerStep(NamedTuple):
     k, v : torch.Tensor
         `[T, H, D]`.
     pages : torch.Tensor
-        `[blocks, page_bytes]` uint8, the page cache.
+        `[blocks, 1, 1, page_bytes]` uint8, the page cache.
     local : torch.Tensor
         `[blocks, H, block_size, 2 * D]`, the local cache.
     metadata, local_metadata : FourierMetadata

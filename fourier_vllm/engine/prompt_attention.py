@@ -70,31 +70,8 @@ class FlashAttention(PromptAttention):
             causal=piece.is_last,
             fa_version=self.version,
             return_softmax_lse=True,
-            scheduler_metadata=self._schedule(piece, q, k),
         )
         return lse
-
-    def _schedule(self, piece: Piece, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
-        """FlashAttention 3's plan of a piece, which layers of one shape share as in vLLM's own backend."""
-        if self.version != 3:
-            return None
-        from vllm.v1.attention.backends.fa_utils import get_scheduler_metadata
-
-        key = (*q.shape[1:], k.shape[1])
-        if key not in piece.schedules:
-            piece.schedules[key] = get_scheduler_metadata(
-                batch_size=len(piece.query_lens),
-                max_seqlen_q=max(piece.query_lens),
-                max_seqlen_k=max(piece.key_lens),
-                num_heads_q=q.shape[1],
-                num_heads_kv=k.shape[1],
-                headdim=q.shape[2],
-                cache_seqlens=piece.seq_lens,
-                qkv_dtype=q.dtype,
-                cu_seqlens_q=piece.query_starts,
-                causal=piece.is_last,
-            )
-        return piece.schedules[key]
 
 
 class Xformers(PromptAttention):

@@ -20,7 +20,8 @@ def run_step(
     codec: PageCodec, plan: StepPlan, step: LayerStep, scale: float, sink_tokens: int
 ) -> None:
     """One layer of one step."""
-    q, k, v, pages, local, output, *_ = step
+    q, k, v, cache, local, output, *_ = step
+    pages = cache[:, 0, 0]
     store(local, plan.store_cells, k[plan.store], v[plan.store])
     if plan.seal is not None:
         done = plan.seal
