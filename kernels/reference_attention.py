@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fourier_vllm.kernels.reference import PageCodec
 
 # Query rows a block: bounds the mask of a long chunk against a long context.
-QUERY_BLOCK = 1024
+QUERY_BLOCK = 256
 
 
 def decode_attention(

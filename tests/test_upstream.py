@@ -391,6 +391,15 @@ def test_imports_of_the_kernels():
     assert parameters(merge_attn_states)[:5] == names
 
 
+def test_the_cpu_kernel_of_prompts():
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    assert parameters(_get_attn_isa)[:3] == ["dtype", "block_size", "head_size"]
+    names = ["key", "value", "key_cache", "value_cache", "slot_mapping", "isa"]
+    assert parameters(ops.cpu_attn_reshape_and_cache)[:6] == names
+
+
 def test_prefilling_is_told_by_both_runners():
     for module in ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.attn_utils"):
         assert "is_prefilling" in source(pytest.importorskip(module)), module

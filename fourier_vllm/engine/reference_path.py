@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 
 from fourier_vllm.engine.cells import load, load_blocks, store
+from fourier_vllm.engine.cpu_prompt import prompt_attention
 from fourier_vllm.engine.metadata import LayerStep
 from fourier_vllm.engine.plan import DecodeStep, StepPlan
 from fourier_vllm.kernels.cpu import decode as decode_cpu
 from fourier_vllm.kernels.reference import PageCodec
-from fourier_vllm.kernels.reference_attention import decode_attention, prefill_attention
+from fourier_vllm.kernels.reference_attention import decode_attention
 
 
 def run_step(
@@ -42,7 +43,7 @@ def run_step(
         k_context = torch.cat([k_page[p.num_skipped :].to(k_raw.dtype), k_raw])
         v_context = torch.cat([v_page[p.num_skipped :].to(v_raw.dtype), v_raw])
         chunk = slice(p.start, p.stop)
-        output[chunk] = prefill_attention(
+        output[chunk] = prompt_attention(
             q[chunk], k_context, v_context, k[chunk], v[chunk], scale
         ).to(output.dtype)
 
