@@ -6,6 +6,10 @@ requests alone, so that a decode step is one CUDA graph. Prompts go through `pre
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import torch
 from vllm.utils.multi_stream_utils import maybe_execute_in_parallel
 from vllm.utils.torch_utils import aux_stream
@@ -24,6 +28,8 @@ from fourier_vllm.kernels.seal import seal
 from fourier_vllm.kernels.split import num_splits
 from fourier_vllm.kernels.tables import Tables
 from fourier_vllm.page import PageLayout
+
+Work = Callable[[], None]
 
 
 class GpuPath:
@@ -91,6 +97,19 @@ class GpuPath:
 
     def run(self, step: LayerStep) -> None:
         """One layer of one step."""
+        plan, tokens = self._plan(step)
+        seal(self.tables, tokens, plan.slots)
+        if plan.num_decodes:
+            sealed, raw, join = self._decode(plan, step)
+            # Branches of a graph cost nothing; otherwise events would take the host longer than they save.
+            is_graph = step.q.is_cuda and torch.cuda.is_current_stream_capturing()
+            stream = self.side_stream if is_graph else None
+            maybe_execute_in_parallel(sealed, raw, *self.events, stream)
+            join()
+        if plan.pieces:
+            self.prefill.run(plan, tokens, step.q, step.output)
+
+    def _plan(self, step: LayerStep) -> tuple[GpuPlan, Tokens]:
         pages, local, window = step.metadata, step.local_metadata, self.window
         plan = pages.once(
             local,
@@ -108,13 +127,10 @@ class GpuPath:
             pages.query_start_loc,
             window.sink_tokens,
         )
-        seal(self.tables, tokens, plan.slots)
-        if plan.num_decodes:
-            self._decode(plan, step)
-        if plan.pieces:
-            self.prefill.run(plan, tokens, step.q, step.output)
+        return plan, tokens
 
-    def _decode(self, plan: GpuPlan, step: LayerStep) -> None:
+    def _decode(self, plan: GpuPlan, step: LayerStep) -> tuple[Work, Work, Work]:
+        """Attention over the pages, over raw tokens, and what joins them."""
         n, window = plan.num_decodes, self.window
         pages, table = step.metadata, step.local_metadata.block_table[:n]
         splits, raw_splits = self.splits(n)
@@ -137,16 +153,22 @@ class GpuPath:
         def raw() -> None:
             attend_raw(batch, step.local, table, window.page_size, acc, lse, splits, raw_splits)
 
-        # Branches of a graph cost nothing; otherwise events would take the host longer than they save.
-        is_graph = step.q.is_cuda and torch.cuda.is_current_stream_capturing()
-        stream = self.side_stream if is_graph else None
-        maybe_execute_in_parallel(sealed, raw, *self.events, stream)
-        reduce(self.tables, acc, lse, splits, step.output[:n], None)
+        def join() -> None:
+            reduce(self.tables, acc, lse, splits, step.output[:n], None)
+
+        return sealed, raw, join
 
     def _warm_up(self) -> None:
         """Compile what steps may need: requests that decode, few and many, and a prompt that goes on."""
         for batch in sorted({1, self.max_num_seqs}):
-            self.run(self._made_up_step(batch))
+            step = self._made_up_step(batch)
+            plan, tokens = self._plan(step)
+            _side_by_side(
+                step.q.device,
+                partial(seal, self.tables, tokens, plan.slots),
+                *self._decode(plan, step),
+                partial(self.prefill.run, plan, tokens, step.q, step.output),
+            )
 
     def _made_up_step(self, batch: int) -> LayerStep:
         W, block, device = self.window.page_size, self.window.block_size, self.tables.basis.device
@@ -181,3 +203,19 @@ class GpuPath:
             metadata=metadata(W),
             local_metadata=metadata(block),
         )
+
+
+def _side_by_side(device: torch.device, *work: Work) -> None:
+    """Launch kernels that need nothing from each other: compiling them mostly leaves Python's lock alone."""
+    if device.type != "cuda":  # Triton's interpreter has one state for all threads
+        for do in work:
+            do()
+        return
+    stream = torch.cuda.current_stream(device)
+
+    def run(do: Work) -> None:
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            do()
+
+    with ThreadPoolExecutor(len(work)) as pool:
+        list(pool.map(run, work))
