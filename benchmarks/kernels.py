@@ -25,6 +25,7 @@ from fourier_vllm.calibration.allocate import allocate_bits, page_budget
 from fourier_vllm.evaluation.machine import commit, machine, versions
 from fourier_vllm.kernels import decode, decode_raw, reduce, seal
 from fourier_vllm.kernels.batch import Batch, Tokens
+from fourier_vllm.kernels.query_columns import query_columns
 from fourier_vllm.kernels.split import num_splits
 from fourier_vllm.kernels.tables import Tables
 from fourier_vllm.page import PageLayout
@@ -151,6 +152,7 @@ class Decode:
         )  # fmt: skip
 
     def pages_only(self) -> None:
+        query_columns(self.tables, self.q, self.scale, self.columns)
         decode.attend_pages(
             self.tables, self.requests, self.pages, self.acc, self.lse, self.splits, self.columns
         )

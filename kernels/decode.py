@@ -151,7 +151,7 @@ def attend_pages(
         The first `splits` of n parts are written: normalised outputs (in V's rotated basis) and base-2
         log-sum-exps. Where there is nothing these are -inf, and those are left as they are.
     columns : Tensor [T, Hq, tables.num_columns], float16
-        Scratch.
+        What `query_columns` wrote of the queries.
     """
     if tables.layout.fragments:
         attend_fragment_pages(tables, batch, pages, acc, lse, splits, columns)

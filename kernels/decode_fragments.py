@@ -30,7 +30,6 @@ from fourier_vllm.kernels.fragments import (
     two_terms,
     zero_operand,
 )
-from fourier_vllm.kernels.query_columns import query_columns
 from fourier_vllm.kernels.split import (
     BATCH_POINTERS,
     LOG2_E,
@@ -273,7 +272,6 @@ def attend_fragment_pages(
     H, W = layout.num_kv_heads, layout.page_size
     G, B = Hq // H, len(num_pages)
     rows = batch.max_query_len * G
-    query_columns(tables, q, batch.sm_scale, columns)
     ok_coef, ok_coef_scale, _, *ok_rest = k.offsets
     *_, ov_codes, ov_scale, ov_zero, ov_high = tables.v_offsets
     fragment_pages_kernel[(triton.cdiv(rows, MIN_ROWS) * splits, H, B)](

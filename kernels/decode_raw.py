@@ -123,5 +123,5 @@ def attend_raw(
         batch.sink_tokens, batch.local_window, splits, first_split, acc.shape[2],
         G=G, D=D, BD=next_power_of_2(D), W=page_size, BLOCK=local.shape[2],
         BM=BM, BT=64,
-        DOT=tl.float32 if interpreted else TL_DTYPES[q.dtype], num_warps=4, num_stages=2,
+        DOT=tl.float32 if interpreted else TL_DTYPES[q.dtype], num_warps=4, num_stages=1,
     )  # fmt: skip

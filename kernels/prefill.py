@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fourier_vllm.kernels.batch import Batch
 from fourier_vllm.kernels.decode import attend_pages
+from fourier_vllm.kernels.query_columns import query_columns
 from fourier_vllm.kernels.reduce import reduce
 from fourier_vllm.kernels.tables import Tables
 
@@ -27,6 +28,7 @@ def prefill_pages(tables: Tables, batch: Batch, pages: Tensor) -> tuple[Tensor, 
     acc = torch.empty(T, Hq, 1, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(T, Hq, 1, dtype=torch.float32, device=q.device)
     columns = torch.empty(T, Hq, tables.num_columns, dtype=torch.float16, device=q.device)
+    query_columns(tables, q, batch.sm_scale, columns)
     attend_pages(tables, batch, pages, acc, lse, 1, columns)
     out, out_lse = torch.empty_like(q), torch.empty(T, Hq, dtype=torch.float32, device=q.device)
     reduce(tables, acc, lse, 1, out, out_lse)

@@ -26,7 +26,12 @@ def query_columns_kernel(
 
 
 def query_columns(tables: Tables, q: Tensor, sm_scale: float, columns: Tensor) -> None:
-    """Write `q [T, Hq, D]`, scaled for base-2 softmax, to `columns [T, Hq, tables.num_columns]` float16."""
+    """Write `q [T, Hq, D]`, scaled for base-2 softmax, to `columns [T, Hq, tables.num_columns]` float16.
+
+    Pages in plain order read queries as they are: nothing is written.
+    """
+    if not tables.layout.fragments:
+        return
     T, Hq, D = q.shape
     k = tables.k
     query_columns_kernel[(T, Hq)](

@@ -7,6 +7,7 @@ import torch
 
 from fourier_vllm.kernels import decode, decode_raw, prefill, reduce, tables
 from fourier_vllm.kernels.batch import Batch
+from fourier_vllm.kernels.query_columns import query_columns
 from tests.numerics import DTYPES, assert_close
 from tests.test_reference import FRAGMENT_RECIPES, RECIPES, codec_of, tokens
 from tests.triton_kernels import DEVICE, needs_triton
@@ -123,6 +124,7 @@ class Case:
             q, starts, page_table, num_pages, D**-0.5, self.sinks, max(self.query_lens), seq_lens,
             gaps, self.window,
         )  # fmt: skip
+        query_columns(at, q, requests.sm_scale, columns)
         decode.attend_pages(at, requests, cache, acc, lse, splits, columns)
         decode_raw.attend_raw(
             requests, local, table, self.codec.layout.page_size, acc, lse, splits, raw_splits

@@ -123,6 +123,28 @@ def test_prompts_in_chunks_beside_decodes(recipe: str, fragments: bool, window: 
         step((0, 1, False), (1, 1, False), (2, 1, False))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("recipe", "fragments"), [("coded-2", True), ("lossless", False)])
+def test_decode_steps_as_graphs(recipe: str, fragments: bool) -> None:
+    step = Steps(recipe, WINDOWED, 3, fragments)
+    step((0, 190, True), (1, 100, True), (2, 5, True))
+    run = step.path.run
+
+    def replay(layer_step: LayerStep) -> None:
+        run(layer_step)  # compiles
+        layer_step.output.fill_(torch.nan)
+        layer_step.metadata._plans.clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(3):
+                run(layer_step)
+        graph.replay()
+
+    step.path.run = replay
+    for _ in range(5):  # the first request completes a page
+        step((0, 1, False), (1, 1, False), (2, 1, False))
+
+
 def test_tokens_whose_raw_blocks_are_gone() -> None:
     step = Steps("coded-3", WINDOWED, 2, True)
     step((0, 200, True), (1, 150, True))

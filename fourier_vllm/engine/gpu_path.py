@@ -23,7 +23,8 @@ from fourier_vllm.kernels.batch import Batch, Tokens
 from fourier_vllm.kernels.decode import attend_pages
 from fourier_vllm.kernels.decode_raw import attend_raw
 from fourier_vllm.kernels.decode_raw import num_splits as num_raw_splits
-from fourier_vllm.kernels.reduce import reduce
+from fourier_vllm.kernels.query_columns import query_columns
+from fourier_vllm.kernels.reduce import reduce, tile_of
 from fourier_vllm.kernels.seal import seal
 from fourier_vllm.kernels.split import num_splits
 from fourier_vllm.kernels.tables import Tables
@@ -62,7 +63,7 @@ class GpuPath:
         self.max_num_seqs = max_num_seqs
         is_cuda = device.type == "cuda"
         self.side_stream = aux_stream() if is_cuda else None
-        self.events = [torch.cuda.Event() if is_cuda else torch.Event(device) for _ in range(2)]
+        self.events = [torch.cuda.Event() if is_cuda else torch.Event(device) for _ in range(4)]
         self.prefill = Prefill(
             self.tables, window, attention, num_heads, dtype, max_model_len, max_num_tokens
         )
@@ -98,14 +99,17 @@ class GpuPath:
     def run(self, step: LayerStep) -> None:
         """One layer of one step."""
         plan, tokens = self._plan(step)
-        seal(self.tables, tokens, plan.slots)
+        store = partial(seal, self.tables, tokens, plan.slots)
         if plan.num_decodes:
-            sealed, raw, join = self._decode(plan, step)
+            columns, sealed, raw, join = self._decode(plan, step)
             # Branches of a graph cost nothing; otherwise events would take the host longer than they save.
             is_graph = step.q.is_cuda and torch.cuda.is_current_stream_capturing()
             stream = self.side_stream if is_graph else None
-            maybe_execute_in_parallel(sealed, raw, *self.events, stream)
+            maybe_execute_in_parallel(store, columns, *self.events[:2], stream)
+            maybe_execute_in_parallel(sealed, raw, *self.events[2:], stream)
             join()
+        else:
+            store()
         if plan.pieces:
             self.prefill.run(plan, tokens, step.q, step.output)
 
@@ -129,12 +133,12 @@ class GpuPath:
         )
         return plan, tokens
 
-    def _decode(self, plan: GpuPlan, step: LayerStep) -> tuple[Work, Work, Work]:
-        """Attention over the pages, over raw tokens, and what joins them."""
+    def _decode(self, plan: GpuPlan, step: LayerStep) -> tuple[Work, Work, Work, Work]:
+        """Queries laid out, attention over the pages, over raw tokens, and what joins them."""
         n, window = plan.num_decodes, self.window
         pages, table = step.metadata, step.local_metadata.block_table[:n]
         splits, raw_splits = self.splits(n)
-        acc, lse, columns = self.scratch(n)
+        acc, lse, scratch = self.scratch(n)
         batch = Batch(
             step.q[:n],
             pages.query_start_loc,
@@ -147,8 +151,11 @@ class GpuPath:
             local_window=window.local_window,
         )
 
+        def columns() -> None:
+            query_columns(self.tables, batch.q, self.scale, scratch)
+
         def sealed() -> None:
-            attend_pages(self.tables, batch, step.pages, acc, lse, splits, columns)
+            attend_pages(self.tables, batch, step.pages, acc, lse, splits, scratch)
 
         def raw() -> None:
             attend_raw(batch, step.local, table, window.page_size, acc, lse, splits, raw_splits)
@@ -156,19 +163,21 @@ class GpuPath:
         def join() -> None:
             reduce(self.tables, acc, lse, splits, step.output[:n], None)
 
-        return sealed, raw, join
+        return columns, sealed, raw, join
 
     def _warm_up(self) -> None:
-        """Compile what steps may need: requests that decode, few and many, and a prompt that goes on."""
-        for batch in sorted({1, self.max_num_seqs}):
-            step = self._made_up_step(batch)
-            plan, tokens = self._plan(step)
-            _side_by_side(
-                step.q.device,
-                partial(seal, self.tables, tokens, plan.slots),
-                *self._decode(plan, step),
-                partial(self.prefill.run, plan, tokens, step.q, step.output),
-            )
+        """Compile what steps may need: requests that decode, few to many, and a prompt that goes on."""
+        sms = self.tables.num_sms
+        batches = {tile_of(n * self.num_heads, sms): n for n in range(1, self.max_num_seqs + 1)}
+        step, *others = [self._made_up_step(n) for n in batches.values()]
+        plan, tokens = self._plan(step)
+        _side_by_side(
+            step.q.device,
+            partial(seal, self.tables, tokens, plan.slots),
+            *self._decode(plan, step),
+            partial(self.prefill.run, plan, tokens, step.q, step.output),
+            *(self._decode(self._plan(other)[0], other)[-1] for other in others),
+        )
 
     def _made_up_step(self, batch: int) -> LayerStep:
         W, block, device = self.window.page_size, self.window.block_size, self.tables.basis.device
