@@ -5,7 +5,7 @@
 Needs a GPU. A short prompt's time is the host's, which differs by half from one minute and process to the
 next. So all engines run at once, share the GPU's memory, and are asked one after the other, the first one
 changing from round to round; ratios are of neighbours. With VLLM_ENABLE_V1_MULTIPROCESSING=0 they share one
-thread too.
+thread too. A run is added to those in the file.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def main() -> None:
         **versions("vllm", "triton"),
         "rows": rows,
     }
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    runs = json.loads(args.out.read_text()) if args.out.exists() else []
+    args.out.write_text(json.dumps([*runs, result], indent=1) + "\n")
 
 
 if __name__ == "__main__":

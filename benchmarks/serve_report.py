@@ -3,6 +3,7 @@
     python benchmarks/serve_report.py [--results benchmarks/results/serve.json] [--page docs/results.md]
 
 Tables go between the page's markers, `<!-- NAME -->` and `<!-- end -->`; the picture lies beside the page.
+Of rows for the same case the last one counts.
 """
 
 from __future__ import annotations
@@ -25,6 +26,14 @@ COLORS = {
     "turboquant": "#9467bd",
     "fourier": "#d62728",
     "fourier exact": "#ff7f0e",
+}
+
+LLAMA, QWEN = (f"{shape} shape, made-up weights" for shape in ("llama-3.1-8b", "qwen3-8b"))
+# What a group's tables are called by, its GPU and its model.
+GROUPS = {
+    "": ("NVIDIA H100 80GB HBM3", LLAMA),
+    "h200 ": ("NVIDIA H200", LLAMA),
+    "qwen ": ("NVIDIA H200", QWEN),
 }
 
 Row = dict[str, Any]
@@ -139,26 +148,40 @@ def draw(rows: list[Row], sizes: list[Row], file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/serve.json")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md")
-    parser.add_argument("--model", default="llama-3.1-8b shape, made-up weights", help="its rows")
-    args = parser.parse_args()
-    rows = [row for row in json.loads(args.results.read_text()) if row["model"] == args.model]
-    rows = [row for row in rows if "error" not in row]
-    measured = [row for row in rows if "context" in row]
-    fit = [row for row in measured if row["fit"]]
+def latest(rows: list[Row]) -> list[Row]:
+    """The last row of each case."""
+    keys = ("engine", "gpus", "max_model_len", "context", "fit")
+    # How many requests fit is a result.
+    found = {
+        (*(row.get(k) for k in keys), None if row.get("fit") else row.get("batch")): row
+        for row in rows
+    }
+    return list(found.values())
+
+
+def tables(rows: list[Row], measured: list[Row]) -> dict[str, str]:
     steps = [row for row in measured if not row["fit"]]
-    tables = {
+    return {
         "capacity": pivot(rows, ("max_model_len",), "kv_tokens", 0),
         "steps": pivot(steps, ("context", "batch"), "itl_ms", 2),
         "prompts": pivot(steps, ("context", "batch"), "all_first_tokens_ms", 0),
         "slopes": slopes(steps),
-        "fit": fitting(fit),
+        "fit": fitting([row for row in measured if row["fit"]]),
     }
-    put(args.page, tables)
-    draw(measured, rows, args.page.with_name("serve.svg"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/serve.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md")
+    args = parser.parse_args()
+    rows = [row for row in json.loads(args.results.read_text()) if "error" not in row]
+    for prefix, group in GROUPS.items():
+        some = latest([row for row in rows if (row["gpu"], row["model"]) == group])
+        measured = [row for row in some if "context" in row]
+        put(args.page, {prefix + name: text for name, text in tables(some, measured).items()})
+        if not prefix:
+            draw(measured, some, args.page.with_name("serve.svg"))
 
 
 if __name__ == "__main__":
