@@ -5,7 +5,7 @@
 Needs a GPU. A short prompt's time is the host's, which differs by half from one minute and process to the
 next. So all engines run at once, share the GPU's memory, and are asked one after the other, the first one
 changing from round to round; ratios are of neighbours. With VLLM_ENABLE_V1_MULTIPROCESSING=0 they share one
-thread too. A run is added to those in the file.
+thread too.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--prompt", type=int, default=944, help="tokens")
     parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--append", action="store_true", help="to the runs that are there")
     parser.add_argument("--memory", type=float, default=0.85, help="of the GPU's, all together")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/first_token.json")
     return parser.parse_args()
@@ -114,7 +115,7 @@ def main() -> None:
         **versions("vllm", "triton"),
         "rows": rows,
     }
-    runs = json.loads(args.out.read_text()) if args.out.exists() else []
+    runs = json.loads(args.out.read_text()) if args.append and args.out.exists() else []
     args.out.write_text(json.dumps([*runs, result], indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Tables and plots of docs/results.md, from what benchmarks/serve.py wrote.
+"""Tables and plots of docs/results.md, from what benchmarks/serve.py and first_token.py wrote.
 
     python benchmarks/serve_report.py [--results benchmarks/results/serve.json] [--page docs/results.md]
 
@@ -108,7 +108,7 @@ def slopes(rows: list[Row]) -> str:
     return "\n".join(table(head, lines))
 
 
-def draw(rows: list[Row], sizes: list[Row], file: Path) -> None:
+def draw(rows: list[Row], file: Path) -> None:
     """Capacity, decode steps at batch 8 and throughput of the largest batches."""
     import matplotlib
 
@@ -116,10 +116,11 @@ def draw(rows: list[Row], sizes: list[Row], file: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "serve"  # the same picture from the same numbers
     from matplotlib import pyplot as plt
 
-    one = [row for row in rows if row["gpus"] == 1]
+    sizes = [row for row in rows if row["gpus"] == 1]
+    one = [row for row in sizes if "context" in row]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     lens = sorted({row["max_model_len"] for row in sizes})
-    engines = names(one)
+    engines = names(sizes)
     for i, name in enumerate(engines):
         color = COLORS[name]
         some = {r["max_model_len"]: r["kv_tokens"] / 1e6 for r in sizes if name_of(r) == name}
@@ -159,7 +160,26 @@ def latest(rows: list[Row]) -> list[Row]:
     return list(found.values())
 
 
-def tables(rows: list[Row], measured: list[Row]) -> dict[str, str]:
+def first_tokens(runs: list[Row]) -> str:
+    """Quartiles of engines that took turns, a line a run and engine."""
+    lines = [
+        [
+            "one" if run["one_process"] else "one each",
+            run["commit"],
+            run["gpu"].removeprefix("NVIDIA "),
+            row["engine"],
+            ", ".join(f"{x:.1f}" for x in row["ms_quartiles"]),
+            ", ".join(f"{x:.3f}" for x in row["to_first_engine_quartiles"]),
+        ]
+        for run in runs
+        for row in run["rows"]
+    ]
+    head = ["process", "commit", "GPU", "engine", "ms", "ratio to its neighbour"]
+    return "\n".join(table(head, lines, 4))
+
+
+def tables(rows: list[Row]) -> dict[str, str]:
+    measured = [row for row in rows if "context" in row]
     steps = [row for row in measured if not row["fit"]]
     return {
         "capacity": pivot(rows, ("max_model_len",), "kv_tokens", 0),
@@ -173,15 +193,19 @@ def tables(rows: list[Row], measured: list[Row]) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/serve.json")
+    parser.add_argument(
+        "--first-token", type=Path, default=ROOT / "benchmarks/results/first_token.json"
+    )
     parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md")
     args = parser.parse_args()
     rows = [row for row in json.loads(args.results.read_text()) if "error" not in row]
     for prefix, group in GROUPS.items():
         some = latest([row for row in rows if (row["gpu"], row["model"]) == group])
-        measured = [row for row in some if "context" in row]
-        put(args.page, {prefix + name: text for name, text in tables(some, measured).items()})
+        put(args.page, {prefix + name: text for name, text in tables(some).items()})
         if not prefix:
-            draw(measured, some, args.page.with_name("serve.svg"))
+            draw(some, args.page.with_name("serve.svg"))
+    runs = json.loads(args.first_token.read_text())
+    put(args.page, {"first tokens": first_tokens(runs)})
 
 
 if __name__ == "__main__":

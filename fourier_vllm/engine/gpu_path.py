@@ -167,24 +167,35 @@ class GpuPath:
 
     def _warm_up(self) -> None:
         """Compile what steps may need: requests that decode, few to many, and a prompt that goes on."""
-        sms = self.tables.num_sms
-        batches = {tile_of(n * self.num_heads, sms): n for n in range(1, self.max_num_seqs + 1)}
-        step, *others = [self._made_up_step(n) for n in batches.values()]
+        step = self._made_up_step()
         plan, tokens = self._plan(step)
+        columns, sealed, raw, _ = self._decode(plan, step)
+
+        def join(n: int) -> None:
+            acc, lse, _ = self.scratch(n)
+            out = step.output.new_empty(n, *step.output.shape[1:])
+            reduce(self.tables, acc, lse, self.splits(n)[0], out, None)
+
+        # Only joining depends on how many requests there are.
+        heads, sms = self.num_heads, self.tables.num_sms
+        batches = {tile_of(n * heads, sms): n for n in range(1, self.max_num_seqs + 1)}
         _side_by_side(
             step.q.device,
             partial(seal, self.tables, tokens, plan.slots),
-            *self._decode(plan, step),
+            columns,
+            sealed,
+            raw,
             partial(self.prefill.run, plan, tokens, step.q, step.output),
-            *(self._decode(self._plan(other)[0], other)[-1] for other in others),
+            *(partial(join, n) for n in batches.values()),
         )
 
-    def _made_up_step(self, batch: int) -> LayerStep:
+    def _made_up_step(self) -> LayerStep:
+        """A request that decodes, and a prompt that goes on."""
         W, block, device = self.window.page_size, self.window.block_size, self.tables.basis.device
         layout = self.tables.layout
-        H, D, T = layout.num_kv_heads, layout.head_size, batch + W
-        lens = torch.tensor([1] * batch + [2 * W], dtype=torch.int32)
-        starts = torch.tensor([*range(batch + 1), T], dtype=torch.int32)
+        H, D, T = layout.num_kv_heads, layout.head_size, 1 + W
+        lens = torch.tensor([1, 2 * W], dtype=torch.int32)
+        starts = torch.tensor([0, 1, T], dtype=torch.int32)
 
         def metadata(size: int) -> FourierMetadata:
             # Every block is the null block.
@@ -193,7 +204,7 @@ class GpuPath:
                 query_start_loc=starts.to(device),
                 seq_lens=lens.to(device),
                 is_prefilling=lens > 1,
-                block_table=torch.zeros(batch + 1, blocks, dtype=torch.int32, device=device),
+                block_table=torch.zeros(2, blocks, dtype=torch.int32, device=device),
                 slot_mapping=torch.full((T,), -1, dtype=torch.int64, device=device),
                 query_start_loc_cpu=starts,
                 seq_lens_cpu=lens,
