@@ -124,7 +124,10 @@ class Decode:
         shuffled = torch.randperm(batch * per, generator=generator, device="cuda")
         self.page_table = shuffled.view(batch, per).int()
         table = torch.zeros(batch, blocks, dtype=torch.int32, device="cuda")
-        used = torch.randperm(batch * live, generator=generator, device="cuda").view(batch, live)
+        # Block 0 is vLLM's null block.
+        used = 1 + torch.randperm(batch * live, generator=generator, device="cuda").view(
+            batch, live
+        )
         table[:, : SINKS // BLOCK] = used[:, : SINKS // BLOCK]
         table[:, per * W // BLOCK :] = used[:, SINKS // BLOCK :]
         self.table = table

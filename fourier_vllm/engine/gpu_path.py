@@ -98,10 +98,10 @@ class GpuPath:
 
     def run(self, step: LayerStep) -> None:
         """One layer of one step."""
-        plan, tokens = self._plan(step)
+        plan, tokens = self.plan(step)
         store = partial(seal, self.tables, tokens, plan.slots)
         if plan.num_decodes:
-            columns, sealed, raw, join = self._decode(plan, step)
+            columns, sealed, raw, join = self.decode_work(plan, step)
             # Branches of a graph cost nothing; otherwise events would take the host longer than they save.
             is_graph = step.q.is_cuda and torch.cuda.is_current_stream_capturing()
             stream = self.side_stream if is_graph else None
@@ -113,7 +113,8 @@ class GpuPath:
         if plan.pieces:
             self.prefill.run(plan, tokens, step.q, step.output)
 
-    def _plan(self, step: LayerStep) -> tuple[GpuPlan, Tokens]:
+    def plan(self, step: LayerStep) -> tuple[GpuPlan, Tokens]:
+        """What the step does, made by its first layer, and this layer's tokens."""
         pages, local, window = step.metadata, step.local_metadata, self.window
         plan = pages.once(
             local,
@@ -133,7 +134,7 @@ class GpuPath:
         )
         return plan, tokens
 
-    def _decode(self, plan: GpuPlan, step: LayerStep) -> tuple[Work, Work, Work, Work]:
+    def decode_work(self, plan: GpuPlan, step: LayerStep) -> tuple[Work, Work, Work, Work]:
         """Queries laid out, attention over the pages, over raw tokens, and what joins them."""
         n, window = plan.num_decodes, self.window
         pages, table = step.metadata, step.local_metadata.block_table[:n]
@@ -168,8 +169,8 @@ class GpuPath:
     def _warm_up(self) -> None:
         """Compile what steps may need: requests that decode, few to many, and a prompt that goes on."""
         step = self._made_up_step()
-        plan, tokens = self._plan(step)
-        columns, sealed, raw, _ = self._decode(plan, step)
+        plan, tokens = self.plan(step)
+        columns, sealed, raw, _ = self.decode_work(plan, step)
 
         def join(n: int) -> None:
             acc, lse, _ = self.scratch(n)
