@@ -1,8 +1,8 @@
-"""Tables and plots of docs/results.md, from what benchmarks/serve.py and first_token.py wrote.
+"""Tables and plots of docs/results.md and the README's table, from what serve.py and first_token.py wrote.
 
     python benchmarks/serve_report.py [--results benchmarks/results/serve.json] [--page docs/results.md]
 
-Tables go between the page's markers, `<!-- NAME -->` and `<!-- end -->`; the picture lies beside the page.
+Tables go between the page's markers, `<!-- NAME -->` and `<!-- end -->`; the pictures lie beside the page.
 Of rows for the same case the last one counts.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pages import put
 from fourier_vllm.evaluation.report import table
 
 ROOT = Path(__file__).resolve().parent.parent
+# In the order of columns.
 COLORS = {
     "stock": "#7f7f7f",
     "fp8": "#1f77b4",
@@ -31,10 +32,22 @@ COLORS = {
 LLAMA, QWEN = (f"{shape} shape, made-up weights" for shape in ("llama-3.1-8b", "qwen3-8b"))
 # What a group's tables are called by, its GPU and its model.
 GROUPS = {
-    "": ("NVIDIA H100 80GB HBM3", LLAMA),
-    "h200 ": ("NVIDIA H200", LLAMA),
+    "": ("NVIDIA H200", LLAMA),
+    "h100 ": ("NVIDIA H100 80GB HBM3", LLAMA),
     "qwen ": ("NVIDIA H200", QWEN),
 }
+PICTURES = {"": "serve.svg", "h100 ": "serve_h100.svg"}
+BATCH = 8  # of the picture's lines
+# The README's lines: what, of which rows, which value, with how many digits.
+LONG = {"context": 32768, "fit": False, "batch": 8}
+HEADLINE: tuple[tuple[str, dict[str, Any], str, int], ...] = (
+    ("KV tokens at 32,768 tokens a request", {"max_model_len": 32768}, "kv_tokens", 0),
+    ("such requests at once", {"context": 32768, "fit": True}, "batch", 0),
+    ("decode tokens/s of all of them", {"context": 32768, "fit": True}, "output_tok_s", 0),
+    ("decode step, 8 requests at 32,768 tokens, ms", LONG, "itl_ms", 2),
+    ("decode step, 8 requests at 1,024 tokens, ms", LONG | {"context": 1024}, "itl_ms", 2),
+    ("prefill of 8 x 32,768 tokens, ms", LONG, "all_first_tokens_ms", 0),
+)
 
 Row = dict[str, Any]
 
@@ -43,14 +56,26 @@ def name_of(row: Row) -> str:
     return row["engine"] + (f", {row['gpus']} GPUs" if row["gpus"] > 1 else "")
 
 
+def place(row: Row) -> tuple[int, int]:
+    """Where an engine stands among others: stock first, several GPUs last."""
+    return row["gpus"], list(COLORS).index(row["engine"])
+
+
 def names(rows: list[Row]) -> list[str]:
-    """Engines, stock first."""
-    found = dict.fromkeys(name_of(row) for row in rows)
-    return sorted(found, key=lambda name: name != "stock")
+    found = {place(row): name_of(row) for row in rows}
+    return [found[k] for k in sorted(found)]
 
 
 def ratio(x: float, stock: float | None) -> str:
     return f" ({x / stock:.2f}x)" if stock and x != stock else ""
+
+
+def beside_stock(found: dict[str, float], engines: list[str], digits: int) -> list[str]:
+    """A cell an engine, with its ratio to stock; empty where nothing was measured."""
+    stock = found.get("stock")
+    return [
+        f"{found[x]:,.{digits}f}{ratio(found[x], stock)}" if x in found else "" for x in engines
+    ]
 
 
 def pivot(rows: list[Row], keys: Sequence[str], value: str, digits: int) -> str:
@@ -59,16 +84,20 @@ def pivot(rows: list[Row], keys: Sequence[str], value: str, digits: int) -> str:
     cells: dict[tuple[int, ...], dict[str, float]] = {}
     for row in rows:
         cells.setdefault(tuple(row[k] for k in keys), {})[name_of(row)] = row[value]
-    lines = []
-    for key, line in sorted(cells.items()):
-        found = [
-            f"{line[name]:,.{digits}f}{ratio(line[name], line.get('stock'))}"
-            if name in line
-            else ""
-            for name in engines
-        ]
-        lines.append([*(f"{k:,}" for k in key), *found])
+    lines = [
+        [*(f"{k:,}" for k in key), *beside_stock(found, engines, digits)]
+        for key, found in sorted(cells.items())
+    ]
     return "\n".join(table([*(k.replace("_", " ") for k in keys), *engines], lines, 0))
+
+
+def headline(rows: list[Row]) -> str:
+    engines = names(rows)
+    lines = []
+    for what, case, value, digits in HEADLINE:
+        found = {name_of(row): row[value] for row in rows if case.items() <= row.items()}
+        lines.append([what, *beside_stock(found, engines, digits)])
+    return "\n".join(table(["", *engines], lines))
 
 
 def fitting(rows: list[Row]) -> str:
@@ -84,7 +113,7 @@ def fitting(rows: list[Row]) -> str:
             str(row["preemptions"]),
             f"{row['peak_gib']:.1f}",
         ]
-        for row in sorted(rows, key=lambda r: (r["context"], name_of(r) != "stock"))
+        for row in sorted(rows, key=lambda r: (r["context"], *place(r)))
     ]
     head = ["engine", "context", "requests", "ITL, ms", "output tokens/s", "preempted", "GPU, GiB"]
     return "\n".join(table(head, lines))
@@ -109,44 +138,63 @@ def slopes(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], file: Path) -> None:
-    """Capacity, decode steps at batch 8 and throughput of the largest batches."""
+    """One GPU's engines: what fits, when first tokens come, how long steps take, what comes out, memory."""
     import matplotlib
 
     matplotlib.use("agg")
     matplotlib.rcParams["svg.hashsalt"] = "serve"  # the same picture from the same numbers
     from matplotlib import pyplot as plt
 
-    sizes = [row for row in rows if row["gpus"] == 1]
-    one = [row for row in sizes if "context" in row]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    lens = sorted({row["max_model_len"] for row in sizes})
-    engines = names(sizes)
-    for i, name in enumerate(engines):
-        color = COLORS[name]
-        some = {r["max_model_len"]: r["kv_tokens"] / 1e6 for r in sizes if name_of(r) == name}
-        at = [lens.index(x) + (i - len(engines) / 2 + 0.5) * 0.8 / len(engines) for x in some]
-        left.bar(at, list(some.values()), 0.8 / len(engines), color=color, label=name)
-        steps = sorted(
-            (r["context"] / 1024, r["itl_ms"])
-            for r in one
-            if name_of(r) == name and r["batch"] == 8 and not r["fit"]
-        )
-        if steps:
-            middle.plot(*zip(*steps, strict=True), "o-", color=color, label=name)
-        fit = [r for r in one if name_of(r) == name and r["fit"]]
-        for row in fit:
-            label = f"{row['batch']} x {row['context'] // 1024}k"
-            bar = right.bar(f"{name}\n{label}", row["output_tok_s"], color=color)
-            right.bar_label(bar, fmt="{:,.0f}")
-    left.set_xticks(range(len(lens)), [f"{x:,}" for x in lens])
-    left.set(xlabel="max_model_len", ylabel="million tokens", title="KV capacity")
-    left.legend(frameon=False)
-    middle.set(
-        xlabel="context, 1,024 tokens", ylabel="ms", title="decode step, batch 8", ylim=(0, None)
-    )
-    right.set(ylabel="tokens/s", title="decode, as many as fit")
-    right.margins(y=0.15)
+    rows = [row for row in rows if row["gpus"] == 1]
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
+    (capacity, most, memory), (first, step, throughput) = axes
+    measured = [row for row in rows if "context" in row]
+    lines = [row for row in measured if row["batch"] == BATCH and not row["fit"]]
+    fit = [row for row in measured if row["fit"]]
+    bars(capacity, rows, lambda row: row["kv_tokens"] / 1e6)
+    capacity.set(title="KV capacity", ylabel="million tokens")
+    figure.legend(loc="outside lower center", ncols=len(COLORS), frameon=False)
+    bars(most, rows, lambda row: row["kv_tokens"] // row["max_model_len"])
+    most.set(title="requests of max_model_len that fit", yscale="log")
+    peaks = {
+        name: max(r["peak_gib"] for r in measured if name_of(r) == name) for name in names(measured)
+    }
+    memory.barh(list(peaks), list(peaks.values()), color=[COLORS[name] for name in peaks])
+    memory.invert_yaxis()
+    memory.set(title="peak memory", xlabel="GiB")
+    for axis, value in ((first, "all_first_tokens_ms"), (step, "itl_ms")):
+        for name in names(lines):
+            some = sorted((r["context"] / 1024, r[value]) for r in lines if name_of(r) == name)
+            axis.plot(*zip(*some, strict=True), "o-", color=COLORS[name], label=name)
+    first.set(
+        title=f"last first token, batch {BATCH}", xlabel="context, 1,024 tokens", ylabel="ms",
+        xscale="log", yscale="log",
+    )  # fmt: skip
+    step.set(
+        title=f"decode step, batch {BATCH}", xlabel="context, 1,024 tokens", ylabel="ms",
+        ylim=(0, None),
+    )  # fmt: skip
+    for row in sorted(fit, key=lambda r: (r["context"], *place(r))):
+        label = f"{row['batch']} x {row['context'] // 1024}k, {name_of(row)}"
+        bar = throughput.barh(label, row["output_tok_s"], color=COLORS[row["engine"]])
+        throughput.bar_label(bar, fmt=" {:,.0f}")
+    throughput.invert_yaxis()
+    throughput.margins(x=0.25)
+    throughput.set(title="decode, as many as fit", xlabel="tokens/s")
     figure.savefig(file, metadata={"Date": None})
+
+
+def bars(axis: Any, rows: list[Row], value: Callable[[Row], float]) -> None:
+    """Groups of bars by max_model_len."""
+    lens = sorted({row["max_model_len"] for row in rows})
+    engines = names(rows)
+    width = 0.8 / len(engines)
+    for i, name in enumerate(engines):
+        some = {row["max_model_len"]: value(row) for row in rows if name_of(row) == name}
+        at = [lens.index(x) + (i - len(engines) / 2 + 0.5) * width for x in some]
+        axis.bar(at, list(some.values()), width, color=COLORS[name], label=name)
+    axis.set_xticks(range(len(lens)), [f"{x:,}" for x in lens])
+    axis.set(xlabel="max_model_len")
 
 
 def latest(rows: list[Row]) -> list[Row]:
@@ -197,13 +245,16 @@ def main() -> None:
         "--first-token", type=Path, default=ROOT / "benchmarks/results/first_token.json"
     )
     parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     args = parser.parse_args()
     rows = [row for row in json.loads(args.results.read_text()) if "error" not in row]
     for prefix, group in GROUPS.items():
         some = latest([row for row in rows if (row["gpu"], row["model"]) == group])
         put(args.page, {prefix + name: text for name, text in tables(some).items()})
         if not prefix:
-            draw(some, args.page.with_name("serve.svg"))
+            put(args.readme, {"headline": headline(some)})
+        if prefix in PICTURES:
+            draw(some, args.page.with_name(PICTURES[prefix]))
     runs = json.loads(args.first_token.read_text())
     put(args.page, {"first tokens": first_tokens(runs)})
 

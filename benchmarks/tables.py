@@ -1,8 +1,8 @@
-"""The table of docs/performance.md, from benchmarks/results/decode.json.
+"""The tables of docs/performance.md, from benchmarks/results/decode.json and layer.json.
 
     python benchmarks/tables.py [--write]
 
-Prints it; `--write` puts it between the markers of the page instead.
+Prints them; `--write` puts them between the markers of the page instead.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ COLUMNS = (
     "FA3 bf16", "FA3 fp8", "TurboQuant", "ours / FA3 bf16",
 )  # fmt: skip
 NUM_NAMES = 2  # columns of text; the others are numbers
+LAUNCHES = ("store", "columns", "pages", "raw", "reduce")
 
 
 def microseconds(x: float | None) -> str:
@@ -58,17 +59,38 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(markdown(COLUMNS, map(cells, rows), NUM_NAMES))
 
 
+def layers(rows: list[dict[str, Any]]) -> str:
+    """A layer's part of a step, and its launches one by one."""
+    lines = [
+        [
+            str(row["batch"]),
+            f"{row['context']:,}",
+            f"{row['layer_us']:.1f}",
+            f"{row['fa3_us']:.1f}",
+            f"{row['layer_us'] / row['fa3_us']:.2f}",
+            *(f"{row[f'{x}_us']:.1f}" for x in LAUNCHES),
+        ]
+        for row in sorted(rows, key=lambda row: (row["context"], row["batch"]))
+    ]
+    head = ("batch", "context", "the whole layer", "FA3 with storing", "ours / FA3", *LAUNCHES)
+    return "\n".join(markdown(head, lines, 0))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/decode.json")
+    parser.add_argument("--layers", type=Path, default=ROOT / "benchmarks/results/layer.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/performance.md")
     parser.add_argument("--write", action="store_true", help="into the page, between its markers")
     args = parser.parse_args()
-    made = table(json.loads(args.results.read_text()))
-    if not args.write:
-        print(made)
-        return
-    put(args.page, {"decode table": made})
+    made = {
+        "decode table": table(json.loads(args.results.read_text())),
+        "layer table": layers(json.loads(args.layers.read_text())),
+    }
+    if args.write:
+        put(args.page, made)
+    else:
+        print(*made.values(), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -20,16 +20,22 @@ def benchmark(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Mo
 
 
 @pytest.mark.parametrize(
-    ("script", "page", "options"),
-    [("tables", "performance.md", ["--write"]), ("serve_report", "results.md", [])],
+    ("script", "pages", "options"),
+    [
+        ("tables", {"--page": "docs/performance.md"}, ["--write"]),
+        ("serve_report", {"--page": "docs/results.md", "--readme": "README.md"}, []),
+    ],
 )
-def test_pages_are_up_to_date(root, tmp_path, script, page, options):
-    before = (root / "docs" / page).read_text()
-    copy = tmp_path / page
-    copy.write_text(before)
-    command = [sys.executable, root / f"benchmarks/{script}.py", *options, "--page", copy]
-    subprocess.run(command, check=True, timeout=120)
-    assert copy.read_text() == before
+def test_pages_are_up_to_date(root, tmp_path, script, pages, options):
+    copies = {option: tmp_path / Path(page).name for option, page in pages.items()}
+    before = {option: (root / page).read_text() for option, page in pages.items()}
+    for option, copy in copies.items():
+        copy.write_text(before[option])
+        options = [*options, option, copy]
+    subprocess.run(
+        [sys.executable, root / f"benchmarks/{script}.py", *options], check=True, timeout=120
+    )
+    assert {option: copy.read_text() for option, copy in copies.items()} == before
 
 
 def test_a_cell_has_its_ratio_to_stock(benchmark):
