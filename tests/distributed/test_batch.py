@@ -17,7 +17,8 @@ from tests.distributed.commands import fourier_vllm
 
 REQUESTS = 48
 BATCH = 8
-CAPITALS = {"France": "Paris", "Germany": "Berlin", "Japan": "Tokyo"}
+# The model is surer of these answers, token by token by 0.7 nats, than a CPU's rounding can change.
+CAPITALS = {"Russia": "Moscow", "Germany": "Berlin", "Japan": "Tokyo"}
 TOO_LONG = 17  # in the third batch, between requests that have an answer
 
 
