@@ -37,9 +37,9 @@ GROUPS = {
     "qwen ": ("NVIDIA H200", QWEN),
 }
 PICTURES = {"": "serve.svg", "h100 ": "serve_h100.svg"}
-BATCH = 8  # of the picture's lines
+BATCH = 8  # of the pictures' lines
+LONG = {"context": 32768, "fit": False, "batch": BATCH}
 # The README's lines: what, of which rows, which value, with how many digits.
-LONG = {"context": 32768, "fit": False, "batch": 8}
 HEADLINE: tuple[tuple[str, dict[str, Any], str, int], ...] = (
     ("KV tokens at 32,768 tokens a request", {"max_model_len": 32768}, "kv_tokens", 0),
     ("such requests at once", {"context": 32768, "fit": True}, "batch", 0),
