@@ -113,7 +113,7 @@ def fitting(rows: list[Row]) -> str:
             str(row["preemptions"]),
             f"{row['peak_gib']:.1f}",
         ]
-        for row in sorted(rows, key=lambda r: (r["context"], *place(r)))
+        for row in rows
     ]
     head = ["engine", "context", "requests", "ITL, ms", "output tokens/s", "preempted", "GPU, GiB"]
     return "\n".join(table(head, lines))
@@ -150,7 +150,6 @@ def draw(rows: list[Row], file: Path) -> None:
     (capacity, most, memory), (first, step, throughput) = axes
     measured = [row for row in rows if "context" in row]
     lines = [row for row in measured if row["batch"] == BATCH and not row["fit"]]
-    fit = [row for row in measured if row["fit"]]
     bars(capacity, rows, lambda row: row["kv_tokens"] / 1e6)
     capacity.set(title="KV capacity", ylabel="million tokens")
     figure.legend(loc="outside lower center", ncols=len(COLORS), frameon=False)
@@ -164,7 +163,7 @@ def draw(rows: list[Row], file: Path) -> None:
     memory.set(title="peak memory", xlabel="GiB")
     for axis, value in ((first, "all_first_tokens_ms"), (step, "itl_ms")):
         for name in names(lines):
-            some = sorted((r["context"] / 1024, r[value]) for r in lines if name_of(r) == name)
+            some = [(r["context"] / 1024, r[value]) for r in lines if name_of(r) == name]
             axis.plot(*zip(*some, strict=True), "o-", color=COLORS[name], label=name)
     first.set(
         title=f"last first token, batch {BATCH}", xlabel="context, 1,024 tokens", ylabel="ms",
@@ -174,7 +173,7 @@ def draw(rows: list[Row], file: Path) -> None:
         title=f"decode step, batch {BATCH}", xlabel="context, 1,024 tokens", ylabel="ms",
         ylim=(0, None),
     )  # fmt: skip
-    for row in sorted(fit, key=lambda r: (r["context"], *place(r))):
+    for row in (row for row in measured if row["fit"]):
         label = f"{row['batch']} x {row['context'] // 1024}k, {name_of(row)}"
         bar = throughput.barh(label, row["output_tok_s"], color=COLORS[row["engine"]])
         throughput.bar_label(bar, fmt=" {:,.0f}")
@@ -198,14 +197,14 @@ def bars(axis: Any, rows: list[Row], value: Callable[[Row], float]) -> None:
 
 
 def latest(rows: list[Row]) -> list[Row]:
-    """The last row of each case."""
+    """The last row of each case, by context and engine."""
     keys = ("engine", "gpus", "max_model_len", "context", "fit")
     # How many requests fit is a result.
     found = {
         (*(row.get(k) for k in keys), None if row.get("fit") else row.get("batch")): row
         for row in rows
     }
-    return list(found.values())
+    return sorted(found.values(), key=lambda row: (row.get("context", 0), *place(row)))
 
 
 def first_tokens(runs: list[Row]) -> str:
