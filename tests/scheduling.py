@@ -71,7 +71,7 @@ def page_spec(window: Window, page_bytes: int = 1024) -> FourierPageSpec:
     )
 
 
-def local_spec(window: Window, page_bytes: int = 1024, num_groups: int = 1) -> FourierLocalSpec:
+def local_spec(window: Window, num_groups: int = 1) -> FourierLocalSpec:
     return FourierLocalSpec(
         block_size=window.block_size,
         num_kv_heads=2,
@@ -83,8 +83,6 @@ def local_spec(window: Window, page_bytes: int = 1024, num_groups: int = 1) -> F
         num_pinned_blocks=window.num_pinned_blocks,
         num_groups=num_groups,
         exact_prefill=window.exact_prefill,
-        label="test",
-        page_bytes=page_bytes,
     )
 
 

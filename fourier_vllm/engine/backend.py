@@ -196,6 +196,15 @@ class FourierImpl(AttentionImpl):
             state_content_bytes=self.codec.layout.page_bytes,
         )
 
+    def _reach(self) -> int:
+        """Tokens that the local cache keeps: a number that is no other layer's sliding window."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        windows = {getattr(layer, "sliding_window", None) for layer in layers}
+        reach = self.window.local_window + self.window.page_size
+        while reach in windows:
+            reach += 1
+        return reach
+
     def _local_spec(self, layer: Attention, engine: Any, pages_bytes: int) -> FourierLocalSpec:
         window, num_layers = self.window, engine.fingerprint.num_layers
         block_bytes = self.codec.layout.raw_bytes // window.page_size * window.block_size
@@ -204,14 +213,12 @@ class FourierImpl(AttentionImpl):
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
             dtype=layer.kv_cache_torch_dtype,
-            sliding_window=window.local_window + window.page_size,
+            sliding_window=self._reach(),
             page_size=window.page_size,
             local_window=window.local_window,
             num_pinned_blocks=window.num_pinned_blocks,
             num_groups=num_local_groups(num_layers, pages_bytes, block_bytes),
             exact_prefill=window.exact_prefill,
-            label=f"{engine.target} ({engine.source})",
-            page_bytes=pages_bytes // num_layers,
         )
 
     def forward(

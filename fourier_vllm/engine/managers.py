@@ -1,8 +1,11 @@
 """Block managers of the two caches, in vLLM's own block manager.
 
-Pages are full attention in every respect. The local cache keeps the pinned first blocks for ever and a
-window of recent ones; a chunk of a prompt gets blocks only for the tokens that outlive it, because
-inside the chunk attention and sealing read K and V in flight.
+Pages are full attention in every respect. The local cache keeps the pinned first blocks as long as the
+request runs, and a window of recent ones; a chunk of a prompt gets blocks only for the tokens that outlive
+it, because inside the chunk attention and sealing read K and V in flight.
+
+The prefix cache holds pages and pinned blocks. The window is scratch: one raw block takes a block id that
+would hold a page, so window blocks in the prefix cache would evict several times their worth of pages.
 """
 
 from __future__ import annotations
@@ -27,9 +30,8 @@ class FourierPageManager(FullAttentionManager):
 class FourierLocalManager(SlidingWindowManager):
     """Pinned first blocks plus a sliding window of raw blocks.
 
-    A prefix-cache hit needs the pages and the pinned blocks only. Raw blocks before the hit are taken
-    where they are still cached; where they are not, the table holds the null block, which tells the
-    worker to read those tokens from their pages.
+    A prefix-cache hit takes the pages and the pinned blocks. Between the pinned blocks and the end of the
+    hit the table holds the null block, which tells the worker to read those tokens from their pages.
     """
 
     def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
@@ -101,12 +103,10 @@ class FourierLocalManager(SlidingWindowManager):
         if not blocks:
             return
         start = self._freed_until.get(request_id, self._pinned)
-        stop = min(self._first_kept(processed_computed_tokens), len(blocks))
-        # Newest first, so that the oldest stays longest in the prefix cache.
-        freed = [blocks[i] for i in reversed(range(start, stop)) if not blocks[i].is_null]
-        for i in range(start, stop):
-            blocks[i] = self._null_block
-        self._freed_until[request_id] = max(start, stop)
+        stop = max(min(self._first_kept(processed_computed_tokens), len(blocks)), start)
+        freed = [block for block in blocks[start:stop] if not block.is_null]
+        blocks[start:stop] = [self._null_block] * (stop - start)
+        self._freed_until[request_id] = stop
         self.block_pool.free_blocks(freed)
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
@@ -119,9 +119,11 @@ class FourierLocalManager(SlidingWindowManager):
         return 0
 
     @classmethod
-    def reachable_block_mask(cls, *args: Any, **kwargs: Any) -> None:
-        """Every block may serve a later turn."""
-        return
+    def reachable_block_mask(
+        cls, start_block: int, end_block: int, *, kv_cache_spec: Any, **kwargs: Any
+    ) -> list[bool]:
+        """Which of the full blocks `start_block..end_block` enter the prefix cache: the pinned ones."""
+        return [i < kv_cache_spec.num_pinned_blocks for i in range(start_block, end_block)]
 
     @classmethod
     def find_longest_cache_hit(
@@ -142,19 +144,10 @@ class FourierLocalManager(SlidingWindowManager):
         groups: tuple[list[Any], ...] = tuple(
             [block_pool.null_block] * (hit // size) for _ in kv_cache_group_ids
         )
-
-        def take(i: int) -> bool:
+        for i in range(min(kv_cache_spec.num_pinned_blocks, hit // size)):
             cached = block_pool.get_cached_block(hashes[i], kv_cache_group_ids)
             if not cached:
-                return False
+                return tuple([] for _ in kv_cache_group_ids), 0
             for blocks, block in zip(groups, cached, strict=True):
                 blocks[i] = block
-            return True
-
-        if not all(take(i) for i in range(min(kv_cache_spec.num_pinned_blocks, hit // size))):
-            return tuple([] for _ in kv_cache_group_ids), 0
-        # The window of the first new query, as far back as it is cached without a gap.
-        for i in reversed(range(kv_cache_spec.raw_start(hit + 1) // size, hit // size)):
-            if not take(i):
-                break
         return groups, hit

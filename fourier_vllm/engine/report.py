@@ -9,37 +9,62 @@ from vllm.logger import init_logger
 # Below the `vllm` logger, so that vLLM's logging options apply.
 logger = init_logger("vllm.fourier_vllm")
 
+WORTH_IT = 1.2  # times stock's tokens, below which the gain is within what the quality costs
 
-def log_capacity(local_spec: Any, num_blocks: int, max_model_len: int, concurrency: float) -> None:
-    """Log recipe, source, sealed and plain bytes a token, and tokens the same memory holds.
+
+def log_capacity(vllm_config: Any, kv_cache_config: Any) -> None:
+    """Log recipe, source, bytes a token, and the tokens that the cache holds beside what stock's would.
 
     Parameters
     ----------
-    local_spec : FourierLocalSpec
-    num_blocks : int
-        Block ids of the pool.
-    concurrency : float
-        Requests of `max_model_len` tokens that run at once.
+    kv_cache_config : vllm.v1.kv_cache_interface.KVCacheConfig
+        As planned, after vLLM has put the capacity into the engine's configuration.
     """
-    plain = 2 * local_spec.num_kv_heads * local_spec.head_size * local_spec.dtype.itemsize
-    sealed = local_spec.page_bytes / local_spec.page_size
-    ours = int(concurrency * max_model_len)
-    stock = int(num_blocks * local_spec.page_bytes / plain)
+    from fourier_vllm.engine.recipes import engine_recipe
+    from fourier_vllm.engine.specs import FourierLocalSpec, FourierPageSpec
+    from fourier_vllm.engine.stock_capacity import stock_capacity
+
+    groups = kv_cache_config.kv_cache_groups
+    local = next(g.kv_cache_spec for g in groups if isinstance(g.kv_cache_spec, FourierLocalSpec))
+    pages = next(g for g in groups if isinstance(g.kv_cache_spec, FourierPageSpec))
+    names = set(pages.layer_names)
+    page_bytes = sum(
+        len(tensor.layers) * tensor.layer_stride
+        for tensor in kv_cache_config.kv_cache_tensors
+        if names.issuperset(tensor.layers)
+    )
+    plain = 2 * local.num_kv_heads * local.head_size * local.dtype.itemsize
+    sealed = page_bytes / len(names) / local.page_size
+    recipe = engine_recipe(vllm_config)
+    length = vllm_config.model_config.max_model_len
+    ours = vllm_config.cache_config.kv_cache_size_tokens
+    stock = stock_capacity(vllm_config, kv_cache_config)
+    ratio = ours / max(stock, 1)
     logger.info_once(
-        "fourier: recipe %s; sealed pages of %d tokens, %.0f bytes a token and layer instead of "
+        "fourier: recipe %s (%s); sealed pages of %d tokens, %.0f bytes a token and layer instead of "
         "%d (%.2fx smaller); %s raw tokens a request at most; %s tokens at %s a request where "
-        "plain K and V would hold %s (%.2fx)",
-        local_spec.label,
-        local_spec.page_size,
+        "stock attention would hold %s (%.2fx)",
+        recipe.target,
+        recipe.source,
+        local.page_size,
         sealed,
         plain,
         plain / sealed,
-        f"{local_spec.sliding_window:,}",
+        f"{local.sliding_window:,}",
         f"{ours:,}",
-        f"{max_model_len:,}",
+        f"{length:,}",
         f"{stock:,}",
-        ours / max(stock, 1),
+        ratio,
     )
+    if ratio < WORTH_IT:
+        logger.warning_once(
+            "fourier: compression gains little here (%.2fx the tokens of stock attention): at "
+            "--max-model-len %d the raw tokens of a request%s weigh as much as what pages save; leave "
+            "out --attention-backend fourier unless requests get longer",
+            ratio,
+            length,
+            " and the layers that are not compressed" if len(groups) > 1 + local.num_groups else "",
+        )
 
 
 def log_predicted() -> None:

@@ -15,7 +15,7 @@ from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from fourier_vllm.engine.report import log_capacity
+from fourier_vllm.engine.patches import kv_cache_capacity
 
 
 def _only(specs: list[Any]) -> Any:
@@ -36,16 +36,15 @@ class FourierPageSpec(FullAttentionSpec):
 class FourierLocalSpec(SlidingWindowSpec):
     """Raw K and V of recent tokens, vLLM's ordinary cell layout.
 
-    `sliding_window` is the local window plus one page: a query reads at most that many raw tokens, and a
-    page is still whole when it is sealed.
+    `sliding_window` is at least the local window plus one page: a query reads at most that many raw tokens,
+    and a page is still whole when it is sealed. No other layer of the model has the same, or vLLM would
+    plan both as one group, under the manager of the first layer.
     """
 
     page_size: int
     local_window: int
     num_pinned_blocks: int
     exact_prefill: bool
-    label: str
-    page_bytes: int  # of a layer on average, for the report
     num_groups: int = 1  # cache groups that vLLM splits the raw caches of all layers into
 
     @classmethod
@@ -54,12 +53,15 @@ class FourierLocalSpec(SlidingWindowSpec):
 
     @property
     def num_retained_tokens(self) -> int:
-        # vLLM 0.33 nulls table entries on the worker below this; exact prefill needs them all.
-        return 0 if self.exact_prefill else self.sliding_window
+        """vLLM 0.33's runner nulls table entries below this many tokens, pinned ones too; 0 is never."""
+        return 0
 
-    def raw_start(self, num_tokens: int) -> int:
-        """First token read raw by the query at position `num_tokens - 1` while decoding."""
-        return max(0, (num_tokens - self.local_window) // self.page_size * self.page_size)
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, Any]) -> bool:
+        """Layers that vLLM may put into one group with this one: its like, no other sliding window."""
+        return all(
+            isinstance(spec, FourierLocalSpec) and spec.sliding_window == self.sliding_window
+            for spec in kv_cache_specs.values()
+        )
 
     def steady_blocks(self, max_model_len: int, num_batches: int) -> int:
         """Blocks a decoding request holds, with `num_batches` steps in flight."""
@@ -102,7 +104,6 @@ class FourierLocalSpec(SlidingWindowSpec):
         usable = pool - 1 - self.num_groups * (peak - steady)  # one is vLLM's null block
         concurrency = max(usable / (pages + self.num_groups * steady), 1.0)
         charged = max(math.ceil((pool / concurrency - pages) / self.num_groups), steady)
-        log_capacity(self, pool, length, pool / (pages + self.num_groups * charged))
         return charged * self.page_size_bytes
 
 
@@ -113,6 +114,7 @@ def _register() -> None:
     register_all_kvcache_specs(None)
     KVCacheSpecRegistry.register(FourierPageSpec, FourierPageManager, FullAttentionSpec)
     KVCacheSpecRegistry.register(FourierLocalSpec, FourierLocalManager, FourierLocalSpec)
+    kv_cache_capacity.install()
 
 
 _register()

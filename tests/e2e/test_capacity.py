@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+
 import pytest
 
 from tests.e2e.engine import count_preemptions, engine, generate, prompts, tokens
@@ -45,6 +48,23 @@ def test_capacity_against_stock(smollm2):
         with engine(smollm2, fourier, kv_cache_memory_bytes=1 << 30, **options) as llm:
             sizes.append(llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens)
     assert sizes[1] >= 3.5 * sizes[0]
+
+
+def test_log_says_what_vllm_serves(toy, caplog):
+    """Beside layers that are not compressed too; and that compression gains little there."""
+    logging.getLogger("vllm").addHandler(caplog.handler)
+    options = dict(dtype="bfloat16", max_num_batched_tokens=512)
+    with engine(toy("gemma3"), {"page_size": 128}, **options) as llm:
+        served = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+    with engine(toy("gemma3"), **options) as llm:
+        stock = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+    logging.getLogger("vllm").removeHandler(caplog.handler)
+    (line,) = (x for x in caplog.messages if x.startswith("fourier: recipe"))
+    found = re.search(r"; ([\d,]+) tokens at .* would hold ([\d,]+) ", line)
+    ours, plain = (int(x.replace(",", "")) for x in found.groups())
+    assert ours == served
+    assert plain == pytest.approx(stock, rel=0.2)  # whose sliding layers have other blocks on a CPU
+    assert any(x.startswith("fourier: compression gains little here") for x in caplog.messages)
 
 
 def test_alone_and_in_a_batch(toy):

@@ -83,6 +83,15 @@ def test_families(toy, family):
     assert results[0] == results[1]
 
 
+def test_a_local_window_like_the_models_own(toy):
+    """With a page, 64 tokens, as the sliding window of the other layers: each keeps its own manager."""
+    results = []
+    for fourier in (None, LOSSLESS | {"local_window": 32}):
+        with engine(toy("gemma3"), fourier) as llm:
+            results.append(tokens(generate(llm, prompts()[2:], 40)))
+    assert results[0] == results[1]
+
+
 def test_parallel_sampling_and_logprobs(toy):
     results = []
     for fourier in (None, LOSSLESS):
