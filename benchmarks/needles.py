@@ -1,6 +1,6 @@
 """Needles through the real engine, stock attention and ours in one run.
 
-    .venv/bin/python benchmarks/needles.py [--contexts 16] [--tokens 7000] [--targets balanced ...]
+    python benchmarks/needles.py [--model FOLDER] [--contexts 16] [--tokens 7000] [--options '{}' ...]
 
 Every context is prefilled and cached first; its questions then read it from the prefix cache, which for
 us means from sealed pages. Counts are exact matches of seven digits, greedy.
@@ -93,8 +93,12 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=7000)
     parser.add_argument("--chunk", type=int, default=4096, help="max_num_batched_tokens")
-    parser.add_argument("--targets", nargs="*", default=["balanced"])
-    parser.add_argument("--prefill", nargs="*", default=["windowed"])
+    parser.add_argument(
+        "--options",
+        nargs="*",
+        default=["{}"],
+        help="of the backend, a JSON object a run; {}: all default",
+    )
     parser.add_argument(
         "--texts", type=Path, help="JSON list of texts; written where it is missing"
     )
@@ -106,14 +110,14 @@ def main() -> None:
 
         args.model = str(fetch("smollm2"))
     runs: list[tuple[str, dict[str, Any] | None]] = [] if args.no_stock else [("stock", None)]
-    for prefill in args.prefill:
-        runs += [(f"{t}, {prefill}", {"target": t, "prefill": prefill}) for t in args.targets]
+    runs += [(f"fourier {options}", json.loads(options)) for options in args.options]
     rows = []
     for name, fourier in runs:
         rows.append({"engine": name} | score(args.model, fourier, args))
         print(rows[-1], flush=True)
     result = {
         "machine": machine(DEVICE) | versions("vllm") | {"commit": commit()},
+        "model": Path(args.model).name,
         "context_tokens": args.tokens,
         "max_num_batched_tokens": args.chunk,
         "rows": rows,

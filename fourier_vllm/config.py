@@ -12,7 +12,9 @@ from fourier_vllm.recipe import (
     DEFAULT_LOCAL_WINDOW,
     DEFAULT_PAGE_SIZE,
     DEFAULT_SINK_TOKENS,
+    MEASURED_TARGET,
     PAGE_SIZES,
+    PREDICTED_TARGET,
     TARGETS,
 )
 
@@ -71,14 +73,17 @@ class FourierConfig:
         One sentence: the option, what was expected, what was found, the way out.
     """
 
-    target: str = _option(
-        "balanced", ", ".join(TARGETS), "How small pages are where no recipe file is given."
+    target: str | None = _option(
+        None,
+        ", ".join(TARGETS),
+        "How small pages are where no recipe file is given.",
+        shown=f"{MEASURED_TARGET} with a measured recipe, else {PREDICTED_TARGET}",
     )
     recipe: str | None = _option(
         None,
         f"path, {OWN_TEXT}",
         "Recipe file, or one made at the first start.",
-        shown="bundled if one fits, else derived from the weights",
+        shown="bundled if one fits, else predicted from the weights",
     )
     prefill: str = _option(
         "windowed",
@@ -110,7 +115,8 @@ class FourierConfig:
     )
 
     def __post_init__(self) -> None:
-        _choice("target", self.target, tuple(TARGETS))
+        if self.target is not None:
+            _choice("target", self.target, tuple(TARGETS))
         _choice("prefill", self.prefill, PREFILLS)
         _choice("prompt_attention", self.prompt_attention, PROMPT_ATTENTIONS)
         path, page, window = self.recipe, self.page_size, self.local_window

@@ -19,7 +19,7 @@ from fourier_vllm.calibration.model import model_name
 from fourier_vllm.config import OWN_TEXT, FourierConfig
 from fourier_vllm.engine.report import logger
 from fourier_vllm.fetch import cache_dir, locked
-from fourier_vllm.recipe import FORMAT
+from fourier_vllm.recipe import FORMAT, MEASURED_TARGET
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 PREFIX = "fourier-vllm calibrate: "
@@ -40,9 +40,10 @@ def settle(vllm_config: Any) -> None:
         raise _refusal("--load-format dummy has no weights")
     if vllm_config.model_config.revision not in (None, "main"):
         raise _refusal("calibration reads the main revision, and --revision asks for another")
-    arguments = _arguments(vllm_config, options)
+    target = options.target or MEASURED_TARGET
+    arguments = _arguments(vllm_config, options, target)
     model = vllm_config.model_config
-    path = cache_dir() / "recipes" / _file_name(model, options.target, arguments)
+    path = cache_dir() / "recipes" / _file_name(model, target, arguments)
     if not path.exists():
         _make(path, model.model, arguments)
     additional = vllm_config.additional_config
@@ -52,11 +53,11 @@ def settle(vllm_config: Any) -> None:
     }
 
 
-def _arguments(vllm_config: Any, options: FourierConfig) -> list[str]:
+def _arguments(vllm_config: Any, options: FourierConfig, target: str) -> list[str]:
     """What `fourier-vllm calibrate` is told beside the model and the file."""
     geometry = options.geometry()
     values = {
-        "--target": options.target,
+        "--target": target,
         "--page-size": geometry.page_size,
         "--local-window": geometry.local_window,
         "--sink-tokens": geometry.sink_tokens,

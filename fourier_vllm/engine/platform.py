@@ -76,8 +76,9 @@ def _wrap_config_check(platform: Any) -> None:
             from fourier_vllm.engine.refuse import check_config
             from fourier_vllm.engine.report import log_predicted
 
-            if check_config(vllm_config).recipe is None:
-                log_predicted()
+            engine = check_config(vllm_config)
+            if engine.recipe is None:
+                log_predicted(engine.target)
             if vllm_config.device_config.device_type != "cpu":
                 leave_sliding_windows(vllm_config)
         original(cls, vllm_config)

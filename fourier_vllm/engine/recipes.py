@@ -12,6 +12,8 @@ from fourier_vllm.config import FourierConfig, Geometry
 from fourier_vllm.engine.plan import Window
 from fourier_vllm.page import PAGE_ALIGNMENT, PageLayout, align
 from fourier_vllm.recipe import (
+    MEASURED_TARGET,
+    PREDICTED_TARGET,
     TARGETS,
     LayerRecipe,
     ModelFingerprint,
@@ -121,6 +123,9 @@ def fingerprint_of(model_config: Any) -> ModelFingerprint:
 def engine_recipe(vllm_config: Any) -> EngineRecipe:
     """Resolve the engine's recipe: the option, the model's config, a bundled one, the weights.
 
+    Where no target is named, a measured recipe is taken at `MEASURED_TARGET`, else the weights' prediction at
+    `PREDICTED_TARGET`, which is larger.
+
     Raises
     ------
     ValueError
@@ -128,17 +133,18 @@ def engine_recipe(vllm_config: Any) -> EngineRecipe:
     """
     options = FourierConfig.from_engine(vllm_config)
     fingerprint = fingerprint_of(vllm_config.model_config)
-    recipe, source = None, "derived from the weights"
+    target = options.target or MEASURED_TARGET
+    recipe, source = None, "predicted from the weights"
     embedded = getattr(vllm_config.model_config.hf_config, "fourier_attention", None)
     if options.recipe is not None:
         recipe, source = _load(options.recipe), options.recipe
     elif embedded is not None:
         recipe, source = Recipe.from_dict(embedded, "fourier_attention"), "the model's config"
-    elif options.target == ALL_KEPT:
+    elif target == ALL_KEPT:
         page = options.geometry().page_size
         recipe, source = target_recipe(fingerprint, ALL_KEPT, page), "option target"
     elif options.page_size is None:
-        recipe = _find_bundled(fingerprint, options.target)
+        recipe = _find_bundled(fingerprint, target)
         source = "bundled, " + recipe.provenance.source if recipe else source
     if recipe is not None:
         recipe.check_fits(fingerprint)
@@ -146,7 +152,7 @@ def engine_recipe(vllm_config: Any) -> EngineRecipe:
         fingerprint=fingerprint,
         geometry=options.geometry(recipe),
         recipe=recipe,
-        target=recipe.name if recipe else options.target,
+        target=recipe.name if recipe else options.target or PREDICTED_TARGET,
         prefill=options.prefill,
         source=source,
         fragments=vllm_config.device_config.device_type == "cuda",

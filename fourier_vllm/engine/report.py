@@ -6,6 +6,8 @@ from typing import Any
 
 from vllm.logger import init_logger
 
+from fourier_vllm.recipe import PREDICTED_TARGET, TARGETS
+
 # Below the `vllm` logger, so that vLLM's logging options apply.
 logger = init_logger("vllm.fourier_vllm")
 
@@ -67,10 +69,18 @@ def log_capacity(vllm_config: Any, kv_cache_config: Any) -> None:
         )
 
 
-def log_predicted() -> None:
-    """Log the way to a better recipe than the one that follows from the projections."""
+def log_predicted(target: str) -> None:
+    """Log that no recipe was measured for this model, what runs instead, and what a measured one takes."""
     logger.info_once(
-        "fourier: bits are predicted from the model's projections, on SmolLM2 with about fifteen times "
-        'the KL divergence of a calibrated recipe: set "recipe": "own-text", or run '
-        "`fourier-vllm calibrate`"
+        "fourier: no recipe has been measured for this model: bits are predicted from its weights for target "
+        '%s; smaller pages of the same quality need a measured recipe: set "recipe": "own-text", or run '
+        "`fourier-vllm calibrate`",
+        target,
     )
+    ratio, held = TARGETS[target].ratio, TARGETS[PREDICTED_TARGET].ratio
+    if ratio is not None and held is not None and ratio > held:
+        logger.warning_once(
+            "fourier: predicted bits at target %s lost answers of real models in tests: leave out `target` "
+            "or measure a recipe",
+            target,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,6 +107,11 @@ def generate(llm: Any, ids: list[list[int]], max_tokens: int = 100, **sampling: 
 def tokens(outputs: list[Any]) -> list[list[int]]:
     """Token ids of every completion of every output."""
     return [list(c.token_ids) for o in outputs for c in o.outputs]
+
+
+def digest(ids: list[list[int]]) -> str:
+    """A short name for tokens, for the record of what was compared."""
+    return hashlib.sha256(repr(ids).encode()).hexdigest()[:12]
 
 
 def conversation(llm: Any, max_tokens: int = 64) -> list[list[int]]:

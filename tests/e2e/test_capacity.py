@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import re
 
 import pytest
+from vllm.logger import init_logger
 
 from tests.e2e.engine import count_preemptions, engine, generate, prompts, tokens
 
@@ -52,13 +52,14 @@ def test_capacity_against_stock(smollm2):
 
 def test_log_says_what_vllm_serves(toy, caplog):
     """Beside layers that are not compressed too; and that compression gains little there."""
-    logging.getLogger("vllm").addHandler(caplog.handler)
+    logger = init_logger("vllm")  # importing it makes vLLM set its handlers
+    logger.addHandler(caplog.handler)
     options = dict(dtype="bfloat16", max_num_batched_tokens=512)
     with engine(toy("gemma3"), {"page_size": 128}, **options) as llm:
         served = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
     with engine(toy("gemma3"), **options) as llm:
         stock = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
-    logging.getLogger("vllm").removeHandler(caplog.handler)
+    logger.removeHandler(caplog.handler)
     (line,) = (x for x in caplog.messages if x.startswith("fourier: recipe"))
     found = re.search(r"; ([\d,]+) tokens at .* would hold ([\d,]+) ", line)
     ours, plain = (int(x.replace(",", "")) for x in found.groups())

@@ -14,6 +14,7 @@ from tests.e2e.engine import (
     blocks_held_after_abort,
     conversation,
     count_preemptions,
+    digest,
     engine,
     generate,
     generate_on_replicas,
@@ -49,6 +50,18 @@ def stock(toy):
     return run(toy(), None)
 
 
+@pytest.fixture
+def same(record_property):
+    """Asserts that tokens equal stock's; both are recorded for benchmarks/trust.py."""
+
+    def check(ours: list[list[int]], stock: list[list[int]]) -> None:
+        record_property("stock", digest(stock))
+        record_property("ours", digest(ours))
+        assert ours == stock
+
+    return check
+
+
 @pytest.mark.parametrize(
     ("fourier", "options"),
     [
@@ -60,25 +73,25 @@ def stock(toy):
         pytest.param({}, {"enforce_eager": False}, id="compiled"),
     ],
 )
-def test_tokens_equal_stock(toy, stock, fourier, options):
-    assert run(toy(), KERNELS_LOSSLESS | fourier, **options) == stock
+def test_tokens_equal_stock(toy, stock, same, fourier, options):
+    same(run(toy(), KERNELS_LOSSLESS | fourier, **options), stock)
 
 
 @pytest.mark.parametrize(("prefill", "blocks"), [("windowed", 24), ("exact", 22)])
-def test_preemption_and_recompute(toy, stock, prefill, blocks):
+def test_preemption_and_recompute(toy, stock, same, prefill, blocks):
     pool = dict(num_gpu_blocks_override=blocks, max_model_len=512)
     with count_preemptions() as count:
-        assert run(toy(), KERNELS_LOSSLESS | {"prefill": prefill}, **GRAPHS, **pool) == stock
+        same(run(toy(), KERNELS_LOSSLESS | {"prefill": prefill}, **GRAPHS, **pool), stock)
     assert count[0] > 0
 
 
 @pytest.mark.parametrize("family", ["llama-mqa", "llama-wide", "qwen3", "gemma3"])
-def test_families(toy, family):
+def test_families(toy, same, family):
     model = toy(family)
-    assert run(model, KERNELS_LOSSLESS, **GRAPHS) == run(model, None)
+    same(run(model, KERNELS_LOSSLESS, **GRAPHS), run(model, None))
 
 
-def test_samples_and_abort(toy):
+def test_samples_and_abort(toy, same):
     """Three samples a prompt; then requests that are given up leave nothing behind."""
     results = []
     for fourier in (None, KERNELS_LOSSLESS):
@@ -88,7 +101,7 @@ def test_samples_and_abort(toy):
             results.append(tokens(outputs))
             if fourier:
                 assert blocks_held_after_abort(llm) == 0
-    assert results[0] == results[1]
+    same(results[1], results[0])
 
 
 @pytest.mark.parametrize("early", [0, 112])
@@ -143,9 +156,9 @@ def test_prompts_in_half_precision(toy, half_precision, prefill, prompt_attentio
 
 
 @pytest.mark.parametrize("split", [dict(tensor_parallel_size=2), dict(pipeline_parallel_size=2)])
-def test_two_gpus(toy, stock, split):
+def test_two_gpus(toy, stock, same, split):
     needs_two_gpus()
-    assert run(toy(), KERNELS_LOSSLESS, **GRAPHS, **split) == stock
+    same(run(toy(), KERNELS_LOSSLESS, **GRAPHS, **split), stock)
 
 
 def test_replicas_on_two_gpus(toy, stock):

@@ -16,7 +16,7 @@ ENGINE_CORE = "vllm.v1.engine.core"
 
 def install() -> None:
     """Wrap the function in a process that has an engine core; a second call does nothing."""
-    core = sys.modules.get(ENGINE_CORE)
+    core: Any = sys.modules.get(ENGINE_CORE)
     if core is None or hasattr(core.update_kv_cache_capacity, "__wrapped__"):
         return
     original = core.update_kv_cache_capacity
