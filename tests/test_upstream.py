@@ -405,3 +405,13 @@ def test_prefilling_is_told_by_both_runners():
         assert "is_prefilling" in source(pytest.importorskip(module)), module
     runner = source(pytest.importorskip("vllm.v1.worker.gpu_model_runner"))
     assert "num_computed_tokens_cpu < num_prompt_tokens_cpu" in runner
+
+
+def test_the_engine_core_reports_capacity_before_caches_are_allocated():
+    """Where `engine/patches/kv_cache_capacity.py` is called back."""
+    from vllm.v1.engine import core
+
+    assert parameters(core.update_kv_cache_capacity) == ["vllm_config", "kv_cache_config"]
+    body = source(core.EngineCore._initialize_kv_caches)
+    call = body.index("update_kv_cache_capacity(vllm_config, scheduler_kv_cache_config)")
+    assert call < body.index("self.model_executor.initialize_from_config(")

@@ -1,0 +1,92 @@
+"""What a prefix-cache hit costs: a turn after a context of pages alone, and after one with a raw window.
+
+    python benchmarks/hit_cost.py [--documents 8] [--context 2944] [--turn 256]
+
+A hit takes pages and the first raw block, so the turn that follows reads the last tokens before it from
+pages; a request that goes on without a break reads its local window raw. KL to exact attention, in nats a
+token, with SmolLM2's shipped recipes in the loop of the Hugging Face model, on documents that no calibration
+sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fourier_vllm.calibration.model import fingerprint_of, full_attention_layers, load
+from fourier_vllm.evaluation.loop import CHARS_A_TOKEN, through_pages
+from fourier_vllm.evaluation.machine import commit, machine, versions
+from fourier_vllm.evaluation.text import documents
+from fourier_vllm.fetch import fetch
+from fourier_vllm.inspection import layouts
+from fourier_vllm.recipe import find_bundled
+
+ROOT = Path(__file__).resolve().parent.parent
+SPANS = ((0, 16), (16, 64), (64, 256))  # tokens of the turn
+
+
+@torch.inference_mode()
+def kl_of_turn(model: Any, ids: torch.Tensor, split: int, recipes: list[Any]) -> torch.Tensor:
+    """KL to exact attention of every token after the first `split`: `[recipes, tokens]`."""
+    from transformers import DynamicCache
+
+    exact = DynamicCache(config=model.config)
+    model.base_model(input_ids=ids[None, :split], past_key_values=exact, use_cache=True)
+
+    def predict(cache: Any) -> torch.Tensor:
+        out = model(input_ids=ids[None, split:], past_key_values=cache, use_cache=True)
+        return out.logits[0].float().log_softmax(-1)
+
+    logp, rows = predict(copy.deepcopy(exact)), []
+    for recipe in recipes:
+        cache = copy.deepcopy(exact)
+        for i, layout in zip(full_attention_layers(model), layouts(recipe), strict=True):
+            layer = cache.layers[i]
+            k, v = through_pages(layer.keys[0], layer.values[0], recipe, layout)
+            layer.keys, layer.values = k[None], v[None]
+        rows.append((logp.exp() * (logp - predict(cache))).sum(1))
+    return torch.stack(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--context", type=int, default=2944, help="tokens, whole pages")
+    parser.add_argument("--turn", type=int, default=256)
+    parser.add_argument("--targets", nargs="+", default=["balanced", "quality"])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/hit_cost.json")
+    args = parser.parse_args()
+    model, tokenizer = load(str(fetch("smollm2")))
+    recipes = {t: find_bundled(fingerprint_of(model), t) for t in args.targets}
+    # No window is no recipe of a user's; it is what the table of a hit says.
+    kinds = [
+        (target, name, recipe.model_copy(update={"local_window": window}))
+        for target, recipe in recipes.items()
+        for name, window in (("window raw", recipe.local_window), ("hit", 0))
+    ]
+    found = []
+    for text in documents(args.documents, CHARS_A_TOKEN * (args.context + args.turn)):
+        ids = torch.tensor(tokenizer(text, verbose=False).input_ids[: args.context + args.turn])
+        found.append(kl_of_turn(model, ids, args.context, [recipe for *_, recipe in kinds]))
+    mean = torch.stack(found).double().mean(0)
+    rows = []
+    for (target, name, _), kl in zip(kinds, mean, strict=True):
+        spans = {f"tokens {a} to {b}": round(float(kl[a:b].mean()), 5) for a, b in SPANS}
+        rows.append({"target": target, "context": name, "kl": round(float(kl.mean()), 5), **spans})
+        print(rows[-1], flush=True)
+    result = {
+        "machine": machine("cpu") | versions() | {"commit": commit()},
+        "documents": args.documents,
+        "context": args.context,
+        "rows": rows,
+    }
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
