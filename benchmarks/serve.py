@@ -62,13 +62,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "eos_token_id": 151645,
     },
 }
+
+
+def fourier(**options: str) -> dict[str, Any]:
+    """Options of an engine with the backend. Made-up weights have no measured recipe: the target is named."""
+    return {"attention_backend": "fourier", "additional_config": {"fourier": options}}
+
+
 ENGINES: dict[str, dict[str, Any]] = {
     "stock": {"attention_backend": "FLASH_ATTN"},
-    "fourier": {"attention_backend": "fourier"},
-    "fourier exact": {
-        "attention_backend": "fourier",
-        "additional_config": {"fourier": {"prefill": "exact"}},
-    },
+    "fourier": fourier(target="balanced"),
+    "fourier quality": fourier(target="quality"),
+    "fourier exact": fourier(target="balanced", prefill="exact"),
     "fp8": {"attention_backend": "FLASH_ATTN", "kv_cache_dtype": "fp8"},
     "turboquant": {"kv_cache_dtype": "turboquant_4bit_nc"},
 }

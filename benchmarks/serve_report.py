@@ -26,6 +26,7 @@ COLORS = {
     "fp8": "#1f77b4",
     "turboquant": "#9467bd",
     "fourier": "#d62728",
+    "fourier quality": "#ff9896",
     "fourier exact": "#ff7f0e",
 }
 
