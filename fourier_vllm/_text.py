@@ -6,6 +6,8 @@ import difflib
 import os
 from collections.abc import Iterable
 
+SUBJECT = "attention backend fourier"  # every sentence that ends an engine's start begins with it
+
 
 def clip(text: str, limit: int) -> str:
     """Cut the middle out of `text` beyond `limit` characters, keeping the telling end of a path."""

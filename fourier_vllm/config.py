@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fourier_vllm._text import nearest, show
+from fourier_vllm._text import SUBJECT, nearest, show
 from fourier_vllm.recipe import (
     DEFAULT_LOCAL_WINDOW,
     DEFAULT_PAGE_SIZE,
@@ -25,7 +25,7 @@ PREFILLS = ("windowed", "exact")
 PROMPT_ATTENTIONS = ("auto", "flash", "xformers", "torch")
 LOCAL_BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 WINDOW_MIN, WINDOW_MAX, WINDOW_STEP = 16, 65536, 16
-ORIGIN = "additional_config fourier"
+ORIGIN = f"{SUBJECT}: additional_config fourier"
 OWN_TEXT = "own-text"  # a recipe made at the first start; a file of this name is ./own-text
 
 
@@ -163,7 +163,9 @@ class FourierConfig:
         names = [option.name for option in fields(cls)]
         for name in options:
             if name not in names:
-                raise ValueError(f"{ORIGIN}: unknown option {show(name)}: {nearest(name, names)}.")
+                raise ValueError(
+                    f"{ORIGIN} has the unknown option {show(name)}: {nearest(name, names)}."
+                )
         return cls(**options)
 
     def geometry(self, recipe: Recipe | None = None) -> Geometry:
@@ -202,7 +204,7 @@ def options() -> list[Option]:
 
 
 def _refuse(name: str, expected: str, found: object, way_out: str) -> None:
-    raise ValueError(f"{ORIGIN}: {name} must be {expected}, found {show(found)}: {way_out}.")
+    raise ValueError(f"{ORIGIN}.{name} must be {expected}, found {show(found)}: {way_out}.")
 
 
 def _choice(name: str, value: object, valid: tuple[str, ...]) -> None:

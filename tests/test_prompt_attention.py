@@ -52,7 +52,7 @@ def test_without_xformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers", None)
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     assert isinstance(pick("auto"), TorchAttention)
-    with pytest.raises(ValueError, match="xformers needs xformers, which cannot be imported"):
+    with pytest.raises(ValueError, match=r"needs xformers for .*, which cannot be imported"):
         pick("xformers")
 
 
@@ -66,7 +66,7 @@ def test_a_build_without_kernels_is_passed_over(xformers):
     assert isinstance(pick("auto"), TorchAttention)
     with pytest.raises(ValueError, match="which has no kernels for this GPU") as caught:
         pick("xformers")
-    assert "leave it out" in str(caught.value)
+    assert "leave the option out" in str(caught.value)
 
 
 def test_a_build_that_runs_is_taken(xformers):

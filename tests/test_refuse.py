@@ -6,9 +6,11 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
+from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 
-from fourier_vllm.engine.refuse import check_layer, check_vllm_version
+from fourier_vllm.engine.refuse import check_built, check_layer, check_vllm_version, no_recipe
 from fourier_vllm.recipe import ModelFingerprint, target_recipe
 from tests.scheduling import LLAMA, engine_config
 
@@ -25,7 +27,8 @@ DECODER: dict[str, Any] = dict(
 
 
 def check_sentence(message: str, *words: str) -> None:
-    """One sentence of one line that holds `words`."""
+    """One sentence of one line about the backend that holds `words`."""
+    assert message.startswith("attention backend fourier")
     assert len(message.splitlines()) == 1
     assert len(message) < 400
     assert message.isascii()
@@ -36,14 +39,12 @@ def check_sentence(message: str, *words: str) -> None:
 
 
 def refusal(folder, model=None, **options) -> str:
-    with pytest.raises((ValidationError, ValueError)) as caught:
-        engine_config(folder, model, attention_backend="fourier", max_model_len=512, **options)
-    error = caught.value
-    if isinstance(error, ValidationError):
-        # vLLM builds its configuration with pydantic, which wraps the sentence.
-        (first,) = error.errors()
-        error = first["ctx"]["error"]
-    return str(error)
+    """What ends the start in the user's own process; the folder has no weights to load."""
+    options = dict(attention_backend="fourier", max_model_len=512, load_format="auto") | options
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        engine_config(folder, model, **options)
+    assert type(caught.value) is ValueError, "pydantic's text, not ours"
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ LAYER: dict[str, Any] = dict(
 @pytest.mark.parametrize("head_size", [32, 64, 80, 96, 112, 128, 192, 256])
 def test_good_layers(head_size):
     check_layer(**LAYER | dict(head_size=head_size))
-    check_layer(**LAYER | dict(logits_soft_cap=0.0, extra={"sinks": None, "other": 1}))
+    check_layer(**LAYER | dict(logits_soft_cap=0.0, extra={"sinks": None, "chunk_lookback": -1}))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,13 @@ def test_good_layers(head_size):
         (dict(attn_type="encoder_only"), "encoder_only attention"),
         (dict(attn_type="encoder_decoder"), "encoder_decoder attention"),
         (dict(kv_sharing_target="model.layers.0.self_attn.attn"), "share another layer's KV cache"),
-        (dict(extra={"sinks": object()}), "learned attention sinks"),
+        (dict(extra={"sinks": torch.ones(4)}), "learned attention sinks"),
+        (
+            dict(extra={"layer_idx": 1, "dual_chunk_attention_config": {"chunk_size": 64}}),
+            "dual chunk attention",
+        ),
+        (dict(extra={"chunk_lookback": 2}), "chunked attention"),
+        (dict(extra={"of_another_vllm": 1}), "the argument 'of_another_vllm' of attention layers"),
         (dict(head_size=16), "head size 16 (multiples of 8 from 32 to 256 work)"),
         (dict(head_size=36), "head size 36"),
         (dict(head_size=264), "head size 264"),
@@ -101,6 +108,33 @@ def test_bad_layers(changes, words):
         check_layer(**LAYER | changes)
     check_sentence(str(caught.value), words, "leave out --attention-backend fourier")
 
+
+def test_built_layers():
+    def layer(kind: Any, values: int) -> Any:
+        made = object.__new__(kind)
+        made.__dict__.update(head_size=64, head_size_v=values)
+        return made
+
+    check_built(layer(Attention, 64))
+    for built, words in (
+        (layer(Attention, 32), "values of 32 dims beside keys of 64"),
+        (layer(ChunkedLocalAttention, 64), "does not support ChunkedLocalAttention"),
+    ):
+        with pytest.raises(ValueError, match="does not support") as caught:
+            check_built(built)
+        check_sentence(str(caught.value), words, "leave out --attention-backend fourier")
+
+
+def test_advice_does_not_go_round_in_circles():
+    """Calibration is a way out for models that can be calibrated alone."""
+    from transformers import FalconConfig, LlamaConfig
+
+    check_sentence(str(no_recipe(LlamaConfig())), "make one with `fourier-vllm calibrate`")
+    check_sentence(str(no_recipe(FalconConfig())), "cannot be calibrated", "leave out --attention-")
+
+
+SINKS = "learned attention sinks"
+SLIDING_AND_FULL = dict(sliding_window=64, layer_types=["sliding_attention", "full_attention"])
 
 MODELS = {
     "mla": (
@@ -201,11 +235,68 @@ MODELS = {
             model_type="gpt_oss",
             num_local_experts=2,
             num_experts_per_tok=1,
-            sliding_window=64,
-            layer_types=["sliding_attention", "full_attention"],
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            **SLIDING_AND_FULL,
         ),
-        "learned attention sinks",
+        SINKS,
+    ),
+    "learned-sinks-in-granite": (
+        dict(
+            DECODER,
+            architectures=["GraniteForCausalLM"],
+            model_type="granite",
+            **SLIDING_AND_FULL,
+        ),
+        SINKS,
+    ),
+    "shared-kv": (
+        dict(
+            DECODER,
+            architectures=["Gemma3nForCausalLM"],
+            model_type="gemma3n_text",
+            num_kv_shared_layers=1,
+            vocab_size_per_layer_input=512,
+            **SLIDING_AND_FULL,
+        ),
+        "layers that share another layer's KV cache",
+    ),
+    "chunks": (
+        dict(
+            DECODER,
+            architectures=["Llama4ForCausalLM"],
+            model_type="llama4_text",
+            attention_chunk_size=64,
+            no_rope_layers=[1, 0],
+            num_local_experts=2,
+            intermediate_size_mlp=192,
+        ),
+        "chunked attention",
+    ),
+    "dual-chunks": (
+        dict(
+            DECODER,
+            architectures=["Qwen2ForCausalLM"],
+            model_type="qwen2",
+            dual_chunk_attention_config=dict(chunk_size=128, local_size=64),
+        ),
+        "dual chunk attention",
+    ),
+    "small-heads": (
+        dict(DECODER | dict(head_dim=16), architectures=["LlamaForCausalLM"], model_type="llama"),
+        "head size 16 (multiples of 8 from 32 to 256 work)",
+    ),
+    "large-heads": (
+        dict(DECODER | dict(head_dim=512), architectures=["LlamaForCausalLM"], model_type="llama"),
+        "head size 512",
+    ),
+    "other-kinds-of-layers": (
+        dict(
+            DECODER,
+            architectures=["LlamaForCausalLM"],
+            model_type="llama",
+            layer_types=["full_attention", "compressed_sparse_attention"],
+        ),
+        "layers of type 'compressed_sparse_attention'",
     ),
     "hybrid-of-layers": (
         dict(
@@ -293,8 +384,26 @@ NGRAM = dict(method="ngram", num_speculative_tokens=2, prompt_lookup_max=2)
         ),
         pytest.param(
             dict(kv_cache_dtype="fp8"),
-            ["--kv-cache-dtype fp8", "auto, bfloat16, float16"],
+            ["--kv-cache-dtype fp8 for a model in bfloat16", "leave it out"],
             id="fp8-cache",
+        ),
+        pytest.param(
+            dict(kv_cache_dtype="float16"),
+            ["--kv-cache-dtype float16 for a model in bfloat16", "leave it out"],
+            id="float16-cache",
+        ),
+        pytest.param(
+            dict(kv_cache_dtype="bfloat16", dtype="float16"),
+            ["--kv-cache-dtype bfloat16 for a model in float16", "leave it out"],
+            id="bfloat16-cache",
+        ),
+        pytest.param(
+            dict(kv_cache_dtype="bfloat16", dtype="float32"),
+            ["--kv-cache-dtype bfloat16 for a model in float32", "leave it out"],
+            id="cache-of-half-size",
+        ),
+        pytest.param(
+            dict(prefix_match_unit=8), ["--prefix-match-unit", "leave it out"], id="match-unit"
         ),
         pytest.param(
             dict(speculative_config=NGRAM), ["--speculative-config", "leave it out"], id="ngram"
@@ -405,7 +514,17 @@ def test_nothing_is_refused_for_other_backends(tmp_path):
 def test_chosen_for_one_kind_of_layer_only(tmp_path):
     """`backend_per_kind` counts as a choice."""
     per_kind = {"backend_per_kind": {"full_attention": "fourier"}}
-    with pytest.raises(ValidationError, match="speculative decoding"):
-        engine_config(
-            tmp_path, max_model_len=512, attention_config=per_kind, speculative_config=NGRAM
-        )
+    message = refusal(
+        tmp_path, attention_backend=None, attention_config=per_kind, speculative_config=NGRAM
+    )
+    check_sentence(message, "speculative decoding")
+
+
+def test_batch_invariance(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    check_sentence(refusal(tmp_path), "VLLM_BATCH_INVARIANT", "unset it")
+
+
+def test_errors_of_vllm_stay_as_they_are(tmp_path):
+    with pytest.raises(ValidationError):
+        engine_config(tmp_path, attention_backend="fourier", max_model_len=1 << 30)

@@ -93,7 +93,8 @@ def collect(
             if not layers or not all(layer.sums for layer in layers.values()):
                 raise ValueError(
                     f"model {type(model).__name__} does not run its attention through the interface"
-                    " of transformers: leave the option `recipe` out, the engine then derives one."
+                    " of transformers: leave the option `recipe` out, or --attention-backend fourier"
+                    " where the engine refuses this model as well."
                 )
             if checkpoint is not None:
                 checkpoint(i + 1, [layer.sums for layer in layers.values()])

@@ -36,6 +36,14 @@ def load(model: str) -> tuple[Any, Any]:
     return loaded.to("cuda" if cuda else "cpu").eval(), tokenizer
 
 
+def can_be_watched(config: Any) -> bool:
+    """Whether `transformers` runs this model's attention through its attention interface."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    made = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return bool(getattr(made, "_supports_attention_backend", False))
+
+
 def load_tokenizer(model: str) -> Any:
     """Tokenizer of a folder or a Hub id; raises ValueError where there is none."""
     from transformers import AutoTokenizer

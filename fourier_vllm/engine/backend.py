@@ -16,11 +16,12 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
+from fourier_vllm._text import SUBJECT
 from fourier_vllm.config import FourierConfig
 from fourier_vllm.engine import reference_path, sliding
 from fourier_vllm.engine.local_cache import SUFFIX, FourierLocalBackend, FourierLocalCache
 from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
-from fourier_vllm.engine.model_weights import Ancestry, read_projections
+from fourier_vllm.engine.model_weights import Ancestry, can_read, read_projections
 from fourier_vllm.engine.platform import NAME
 from fourier_vllm.engine.recipes import (
     compressed_layers,
@@ -29,7 +30,7 @@ from fourier_vllm.engine.recipes import (
     layer_layout,
     num_local_groups,
 )
-from fourier_vllm.engine.refuse import WAY_OUT, check_config, check_layer
+from fourier_vllm.engine.refuse import WAY_OUT, check_built, check_config, check_layer, no_recipe
 from fourier_vllm.engine.specs import FourierLocalSpec, FourierPageSpec
 from fourier_vllm.kernels.cpu import decode as decode_cpu
 from fourier_vllm.kernels.reference import PageCodec
@@ -37,6 +38,7 @@ from fourier_vllm.page import PAGE_ALIGNMENT
 
 if TYPE_CHECKING:
     from fourier_vllm.engine.gpu_path import GpuPath
+    from fourier_vllm.engine.prompt_attention import PromptAttention
 
 logger = init_logger("vllm.fourier_vllm")
 
@@ -64,11 +66,15 @@ class FourierBackend(FourierLocalBackend):
         return False
 
     @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        return True  # a checkpoint's, which are loaded and never applied: see kv_scheme.py
+
+    @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         if isinstance(spec, FourierPageSpec | SlidingWindowSpec):
             return spec
         raise ValueError(
-            "attention backend fourier was bypassed by this model loader, which never finished its "
+            f"{SUBJECT} was bypassed by this model loader, which never finished its "
             f"layers: use --load-format auto, or {WAY_OUT}."
         )
 
@@ -99,7 +105,7 @@ class FourierImpl(AttentionImpl):
             extra=extra,
         )
         self.vllm_config = get_current_vllm_config()
-        check_config(self.vllm_config)
+        self._engine = check_config(self.vllm_config)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size
@@ -108,21 +114,36 @@ class FourierImpl(AttentionImpl):
         self.sliding_window = sliding_window
         self.local: FourierLocalCache | None = None
         self.gpu: GpuPath | None = None
-        self._ancestry = Ancestry(self)
+        device = self.vllm_config.device_config.device
+        if sliding_window is not None and device.type != "cpu":
+            raise ValueError(
+                f"{SUBJECT} does not support sliding-window layers on a GPU where the model's config has "
+                f"no layer_types: {WAY_OUT}."
+            )
+        if sliding_window is None and self.has_kernels(device):
+            self._prompts = self._prompt_attention(device)
+        self._ancestry = Ancestry(self, self._check_built)
+
+    def _check_built(self, ancestry: Ancestry) -> None:
+        """Refuse, before weights are loaded, what the model around this layer shows."""
+        layer: Any = ancestry.layer
+        check_built(layer)
+        is_whole, is_compressed = ancestry.block is not None, self.sliding_window is None
+        model = self.vllm_config.model_config
+        if is_compressed and extract_layer_index(layer.layer_name) not in compressed_layers(model):
+            raise ValueError(
+                f"{SUBJECT} does not support a full-attention layer where the model's config names "
+                f"another kind (layer_types): {WAY_OUT}."
+            )
+        if is_whole and is_compressed and self._engine.recipe is None and not can_read(ancestry):
+            raise no_recipe(model.hf_config)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Bind to the layer; vLLM calls it after loading, and again after a weight reload."""
         self._ancestry.forget()
         layers = self.vllm_config.compilation_config.static_forward_context
         name, layer = next((n, x) for n, x in layers.items() if getattr(x, "impl", None) is self)
-        if type(layer) is not Attention:
-            kind = type(layer).__name__
-            raise ValueError(f"attention backend fourier does not support {kind}: {WAY_OUT}.")
-        if layer.head_size_v != layer.head_size:
-            raise ValueError(
-                f"attention backend fourier does not support values of {layer.head_size_v} dims "
-                f"beside keys of {layer.head_size}: {WAY_OUT}."
-            )
+        check_built(layer)
         if self.local is not None:
             return
         engine = engine_recipe(self.vllm_config)
@@ -130,11 +151,6 @@ class FourierImpl(AttentionImpl):
         model = self.vllm_config.model_config
         device = self.vllm_config.device_config.device
         if self.sliding_window is not None:
-            if device.type != "cpu":
-                raise ValueError(
-                    "attention backend fourier does not support sliding-window layers on a GPU: leave out "
-                    "--attention-config.backend_per_kind.sliding_window."
-                )
             stock = type(layer).get_kv_cache_spec.__get__(layer)
             # Pages of the usual 128 tokens would be split over many cache groups.
             layer.get_kv_cache_spec = lambda config: replace(stock(config), block_size=16)
@@ -145,6 +161,8 @@ class FourierImpl(AttentionImpl):
             projections = read_projections(
                 self._ancestry, self.num_heads, self.num_kv_heads, self.head_size
             )
+            if projections is None:
+                raise no_recipe(model.hf_config)
         rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         layout = layer_layout(engine, ordinal, rank, world, dtype.itemsize, projections)
         pages_bytes = id_bytes(engine, world, layout)
@@ -164,17 +182,22 @@ class FourierImpl(AttentionImpl):
         """Whether Triton's kernels run there, or the reference path."""
         return device.type != "cpu"
 
+    def _prompt_attention(self, device: torch.device) -> PromptAttention:
+        from fourier_vllm.engine.prompt_attention import choose
+
+        name = FourierConfig.from_engine(self.vllm_config).prompt_attention
+        dtype = self.vllm_config.model_config.dtype
+        return choose(name, self.head_size, dtype, self.scale, device)
+
     def _gpu_path(self, dtype: torch.dtype, device: torch.device) -> GpuPath:
         # Imports Triton, which machines without a GPU do not need.
         from fourier_vllm.engine.gpu_path import GpuPath
-        from fourier_vllm.engine.prompt_attention import choose
 
         config = self.vllm_config
-        name = FourierConfig.from_engine(config).prompt_attention
         return GpuPath(
             self.codec.layout,
             self.window,
-            choose(name, self.head_size, dtype, self.scale, device),
+            self._prompts,
             self.num_heads,
             self.scale,
             dtype,

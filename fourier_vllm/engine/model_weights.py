@@ -7,6 +7,7 @@ identity through the projection, which works for fused and for quantised ones al
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,16 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 
 class Ancestry:
-    """Records the module that holds an attention layer, and the module that holds that one."""
+    """Records the module that holds an attention layer, and the module that holds that one.
 
-    def __init__(self, impl: Any) -> None:
-        self._impl = impl
+    `adopted` is called at both moments, while the model is built; what it raises ends the start.
+    """
+
+    def __init__(
+        self, impl: Any, adopted: Callable[[Ancestry], None] = lambda ancestry: None
+    ) -> None:
+        self._impl, self._tell = impl, adopted
+        self.layer: nn.Module | None = None
         self.attention: nn.Module | None = None
         self.block: nn.Module | None = None
         self._handle = register_module_module_registration_hook(self._adopted)
@@ -28,10 +35,12 @@ class Ancestry:
         if child is None:
             return
         if getattr(child, "impl", None) is self._impl:
-            self.attention = parent
+            self.layer, self.attention = child, parent
+            self._tell(self)
         elif child is self.attention:
             self.block = parent
             self.forget()
+            self._tell(self)
 
     def forget(self) -> None:
         """Stop listening."""
@@ -75,6 +84,12 @@ def _inv_freq(attention: nn.Module, head_size: int) -> torch.Tensor | None:
         return None
     cos, sin = cache[1].float().chunk(2)
     return torch.atan2(sin, cos).abs()
+
+
+def can_read(ancestry: Ancestry) -> bool:
+    """Whether the layer's query, key and value projection is found, before it has weights."""
+    projection = getattr(ancestry.attention, "qkv_proj", None)
+    return getattr(projection, "input_size", None) is not None
 
 
 @torch.no_grad()

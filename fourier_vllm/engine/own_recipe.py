@@ -125,6 +125,5 @@ def _refusal(reason: str) -> ValueError:
     # The reason may be a sentence with a way out of its own, or the last line of a traceback.
     reason = ascii(reason.removeprefix(PREFIX).split(". ")[0].rstrip("."))[1:-1]
     return ValueError(
-        f"recipe {OWN_TEXT!r} cannot be made ({clip(reason, 240)}): leave the option `recipe` out,"
-        " the engine then derives one."
+        f"recipe {OWN_TEXT!r} cannot be made ({clip(reason, 240)}): leave the option `recipe` out."
     )

@@ -1,9 +1,10 @@
 """Makes the name FOURIER selectable, and the CPU platform honour the choice.
 
-The one place where vLLM's classes are patched: `get_attn_backend_cls` of the CPU platform (it ignores
+Three of the platform's classmethods are wrapped: `get_attn_backend_cls` of the CPU platform (it ignores
 every selection but CPU_ATTN), `check_and_update_config` of the platform in use (so that what cannot work
 is refused in the user's own process, before anything is spawned or loaded), and the CPU platform's
 `register_triton_kernel_overrides` (it looks into every loaded module and stumbles over one of numba's).
+`patches/` has the other places where vLLM has no hook.
 All pass straight through unless FOURIER is selected or numba is loaded; tests/test_upstream.py fails when
 upstream moves.
 """
@@ -54,10 +55,14 @@ def leave_sliding_windows(vllm_config: Any) -> None:
 
 
 def install() -> None:
-    """Register the name and wrap the platform's two hooks; a second call does nothing."""
+    """Register the name, wrap the platform's hooks and apply patches; a second call does nothing."""
     from vllm.platforms import current_platform
 
+    from fourier_vllm.engine.patches import engine_args, engine_startup
+
     member()
+    engine_args.install()
+    engine_startup.speak()
     platform = type(current_platform)
     if getattr(platform, "_fourier_installed", False):
         return
@@ -73,9 +78,13 @@ def _wrap_config_check(platform: Any) -> None:
 
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
         if is_selected(vllm_config):
+            from fourier_vllm.engine.kv_scheme import leave_kv_scheme
+            from fourier_vllm.engine.patches import engine_startup
             from fourier_vllm.engine.refuse import check_config
             from fourier_vllm.engine.report import log_predicted
 
+            engine_startup.listen()
+            leave_kv_scheme(vllm_config)
             engine = check_config(vllm_config)
             if engine.recipe is None:
                 log_predicted(engine.target)
@@ -116,8 +125,8 @@ def _wrap_cpu_selection(platform: Any) -> None:
         )
         if reasons:
             raise ValueError(
-                f"attention backend fourier cannot run this layer ({', '.join(reasons)}): "
-                "start without --attention-backend fourier"
+                f"attention backend fourier cannot run this model's layers ({', '.join(reasons)}): "
+                "leave out --attention-backend fourier for this model."
             )
         return selected_backend.get_path()
 

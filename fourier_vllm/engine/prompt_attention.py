@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from vllm.logger import init_logger
 
+from fourier_vllm._text import SUBJECT
 from fourier_vllm.engine.gpu_plan import Piece
 from fourier_vllm.kernels.reference_attention import prefill_attention
 
@@ -169,8 +170,8 @@ def choose(
         return FlashAttention(scale, version)
     if name == "flash":
         raise ValueError(
-            f"additional_config fourier: prompt_attention flash has no kernels for this GPU, {dtype} and "
-            f"heads of {head_size}: leave it out."
+            f"{SUBJECT} has no FlashAttention for this GPU, {dtype} and heads of {head_size}: leave out "
+            "the option prompt_attention."
         )
     problem = xformers_problem(head_size, dtype, device)
     if problem is None:
@@ -178,8 +179,8 @@ def choose(
         return Xformers(scale)
     if name == "xformers":
         raise ValueError(
-            f"additional_config fourier: prompt_attention xformers needs xformers, which {problem}: "
-            "install the fourier-vllm[xformers] that fits this torch, or leave it out."
+            f"{SUBJECT} needs xformers for the option prompt_attention, which {problem}: install the "
+            "fourier-vllm[xformers] that fits this torch, or leave the option out."
         )
     logger.warning_once(
         "fourier: no FlashAttention for this GPU or dtype, and xformers %s; prompts use PyTorch's "

@@ -172,20 +172,16 @@ def layer_layout(
     Pages of a layer have one size on all ranks. Without a recipe a rank sees only its own layers, one by
     one, and pages have one size in all of them.
 
-    Raises
-    ------
-    ValueError
-        There is no recipe, and the layer's weights cannot be found either.
+    Parameters
+    ----------
+    projections : Projections or None
+        None where there is a recipe.
     """
     if engine.recipe is not None:
         bits = _rank_recipe(engine.recipe, rank, world).layers[ordinal]
         page_bytes = page_sizes(engine, world, itemsize)[ordinal]
         return replace(engine.layout(bits, itemsize), page_bytes=page_bytes)
-    if projections is None:
-        raise ValueError(
-            "attention backend fourier found no recipe and cannot read this model's projections: "
-            "make one with `fourier-vllm calibrate` and name it in the option `recipe`."
-        )
+    assert projections is not None
     from fourier_vllm.calibration.weights import layer_recipe, page_bytes_for
 
     bits = layer_recipe(

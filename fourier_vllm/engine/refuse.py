@@ -9,15 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
-from fourier_vllm._text import show
+from fourier_vllm._text import SUBJECT, show
 from fourier_vllm.config import FourierConfig
+from fourier_vllm.engine.platform import member
 
 if TYPE_CHECKING:
     from fourier_vllm.engine.recipes import EngineRecipe
 
 SUPPORTED_VLLM = (Version("0.32"), Version("0.34"))
-KV_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 WAY_OUT = "leave out --attention-backend fourier for this model"
+# What a layer may be told beside the usual, and what it means where it has a value.
+EXTRA = {
+    "sinks": "learned attention sinks",
+    "dual_chunk_attention_config": "dual chunk attention",
+    "chunk_lookback": "chunked attention",
+}
+OFF = ("chunk_lookback", -1)
 
 
 def check_vllm_version(found: str | None = None) -> None:
@@ -30,7 +37,7 @@ def check_vllm_version(found: str | None = None) -> None:
     low, high = SUPPORTED_VLLM
     if not low <= Version(Version(found).base_version) < high:
         raise ValueError(
-            f"attention backend fourier supports vLLM >={low},<{high} and found {found}: install a "
+            f"{SUBJECT} supports vLLM >={low},<{high} and found {found}: install a "
             "vLLM in that range or another fourier-vllm."
         )
 
@@ -41,19 +48,27 @@ def check_config(vllm_config: Any) -> EngineRecipe:
     Raises
     ------
     ValueError
-        The first problem found.
+        The first problem found, in a sentence that begins with the backend's name.
     """
     from fourier_vllm.engine import own_recipe
     from fourier_vllm.engine.recipes import engine_recipe
 
     check_vllm_version()
     for problem, way_out in _problems(vllm_config):
-        raise ValueError(f"attention backend fourier does not support {problem}: {way_out}.")
-    own_recipe.settle(vllm_config)
-    return engine_recipe(vllm_config)
+        raise ValueError(f"{SUBJECT} does not support {problem}: {way_out}.")
+    try:
+        own_recipe.settle(vllm_config)
+        return engine_recipe(vllm_config)
+    except ValueError as error:
+        # A recipe's own sentence, the one that the command line shows as well.
+        if str(error).startswith(SUBJECT):
+            raise
+        raise ValueError(f"{SUBJECT}: {error}") from None
 
 
 def _problems(vllm_config: Any) -> Iterator[tuple[str, str]]:
+    from vllm import envs
+
     model, options = vllm_config.model_config, vllm_config.additional_config
     # Other plugins have keys of their own; one that is nearly ours would be passed over in silence.
     for key in options if isinstance(options, Mapping) else ():
@@ -61,16 +76,26 @@ def _problems(vllm_config: Any) -> Iterator[tuple[str, str]]:
             yield f"additional_config key {show(key)}", "write 'fourier'"
     if model is not None:
         yield from _model_problems(model)
+    if envs.VLLM_BATCH_INVARIANT:
+        yield "batch invariance (VLLM_BATCH_INVARIANT)", "unset it"
     attention = FourierConfig.from_engine(vllm_config).prompt_attention
-    if attention != "auto" and vllm_config.device_config.device_type == "cpu":
+    is_cpu = vllm_config.device_config.device_type == "cpu"
+    if attention != "auto" and is_cpu:
         yield f"prompt_attention {attention} on a CPU", "leave it out"
+    if _per_kind(vllm_config).get("sliding_window") is member() and not is_cpu:
+        yield (
+            "sliding-window layers on a GPU",
+            "leave out --attention-config.backend_per_kind.sliding_window",
+        )
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     scheduler = vllm_config.scheduler_config
-    if cache.cache_dtype not in KV_CACHE_DTYPES:
-        yield (
-            f"--kv-cache-dtype {cache.cache_dtype}",
-            f"leave it out or choose one of {', '.join(KV_CACHE_DTYPES)}",
-        )
+    if cache.cache_dtype != "auto":
+        # Prompts attend their own K and V, in the model's dtype, together with cached ones.
+        dtype = str(model.dtype).removeprefix("torch.") if model is not None else "auto"
+        if cache.cache_dtype != dtype:
+            yield f"--kv-cache-dtype {cache.cache_dtype} for a model in {dtype}", "leave it out"
+    if getattr(cache, "prefix_match_unit", None):
+        yield "--prefix-match-unit", "leave it out"
     if getattr(cache, "kv_cache_dtype_skip_layers", None):
         yield "--kv-cache-dtype-skip-layers", "leave it out"
     if getattr(cache, "kv_offloading_size", None):
@@ -98,8 +123,12 @@ def _problems(vllm_config: Any) -> Iterator[tuple[str, str]]:
         yield "--no-scheduler-reserve-full-isl", "leave it out"
 
 
+def _per_kind(vllm_config: Any) -> Mapping[str, Any]:
+    return getattr(vllm_config.attention_config, "backend_per_kind", None) or {}
+
+
 def _model_problems(model: Any) -> Iterator[tuple[str, str]]:
-    config = model.hf_text_config
+    config, root = model.hf_text_config, model.hf_config
     if getattr(config, "index_topk", None) is not None:
         yield "sparse attention", WAY_OUT
     if model.use_mla:
@@ -114,10 +143,45 @@ def _model_problems(model: Any) -> Iterator[tuple[str, str]]:
         yield "attention logit soft caps (attn_logit_softcapping)", WAY_OUT
     if model.uses_alibi:
         yield "ALiBi position biases", WAY_OUT
-    if config.model_type == "gpt_oss":
+    if _has_sinks(config):
         yield "learned attention sinks", WAY_OUT
+    if getattr(config, "num_kv_shared_layers", 0):
+        yield "layers that share another layer's KV cache", WAY_OUT
+    if getattr(config, "attention_chunk_size", None):
+        yield "chunked attention (attention_chunk_size)", WAY_OUT
+    if getattr(root, "dual_chunk_attention_config", None):
+        yield "dual chunk attention (dual_chunk_attention_config)", WAY_OUT
+    if getattr(model, "rswa_window", None):
+        yield "attention over a recurring window (rswa_window)", WAY_OUT
     if getattr(model, "is_mm_prefix_lm", False):
         yield "bidirectional attention over image tokens", WAY_OUT
+    kinds = set(getattr(config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if kinds:
+        yield f"layers of type {show(min(map(str, kinds)))} (layer_types)", WAY_OUT
+    size = model.get_head_size()
+    if not _fits(size):
+        yield _head_size(size), WAY_OUT
+
+
+def _has_sinks(config: Any) -> bool:
+    if config.model_type in ("granite", "granitemoe"):  # vLLM's rule for these
+        has_layer_types = getattr(config, "layer_types", None) is not None
+        return bool(getattr(config, "attention_sinks", has_layer_types))
+    return config.model_type == "gpt_oss" or any(
+        getattr(config, name, False)
+        for name in ("add_full_attention_sink_bias", "add_swa_attention_sink_bias")
+    )
+
+
+def _fits(head_size: int) -> bool:
+    return 32 <= head_size <= 256 and head_size % 8 == 0
+
+
+def _head_size(size: int) -> str:
+    return f"head size {size} (multiples of 8 from 32 to 256 work)"
 
 
 def check_layer(
@@ -137,6 +201,7 @@ def check_layer(
         The first problem found.
     """
     problem = None
+    told = [name for name, value in extra.items() if value is not None and (name, value) != OFF]
     if alibi_slopes is not None:
         problem = "ALiBi position biases"
     elif logits_soft_cap:
@@ -145,9 +210,44 @@ def check_layer(
         problem = f"{attn_type} attention"
     elif kv_sharing_target is not None:
         problem = "layers that share another layer's KV cache"
-    elif extra.get("sinks") is not None:
-        problem = "learned attention sinks"
-    elif not 32 <= head_size <= 256 or head_size % 8:
-        problem = f"head size {head_size} (multiples of 8 from 32 to 256 work)"
+    elif told:
+        known = [EXTRA[name] for name in told if name in EXTRA]
+        problem = (known or [f"the argument {show(told[0])} of attention layers"])[0]
+    elif not _fits(head_size):
+        problem = _head_size(head_size)
     if problem:
-        raise ValueError(f"attention backend fourier does not support {problem}: {WAY_OUT}.")
+        raise ValueError(f"{SUBJECT} does not support {problem}: {WAY_OUT}.")
+
+
+def check_built(layer: Any) -> None:
+    """Refuse what shows when the layer is whole, before weights are loaded.
+
+    Raises
+    ------
+    ValueError
+        The first problem found.
+    """
+    from vllm.model_executor.layers.attention import Attention
+
+    if type(layer) is not Attention:
+        raise ValueError(f"{SUBJECT} does not support {type(layer).__name__}: {WAY_OUT}.")
+    if layer.head_size_v != layer.head_size:
+        raise ValueError(
+            f"{SUBJECT} does not support values of {layer.head_size_v} dims beside keys of "
+            f"{layer.head_size}: {WAY_OUT}."
+        )
+
+
+def no_recipe(hf_config: Any) -> ValueError:
+    """The refusal of a model that has no recipe and whose projections cannot be read."""
+    from fourier_vllm.calibration.model import can_be_watched
+
+    if can_be_watched(hf_config):
+        return ValueError(
+            f"{SUBJECT} has no recipe for this model and cannot read its projections: make one with "
+            "`fourier-vllm calibrate` and name it in the option `recipe`."
+        )
+    return ValueError(
+        f"{SUBJECT} does not support this model, whose projections cannot be read and whose attention "
+        f"cannot be calibrated: {WAY_OUT}."
+    )
