@@ -1,0 +1,56 @@
+"""A refusal is the last line on the screen, wherever it was found and with no weights to load."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.scheduling import LLAMA
+from tests.test_refuse import SIZES, check_sentence
+
+# No recipe, and a projection that cannot be read: only the built layer shows it, in the engine's process.
+UNREADABLE: dict[str, Any] = dict(
+    SIZES,
+    architectures=["FalconForCausalLM"],
+    model_type="falcon",
+    hidden_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    alibi=False,
+    multi_query=True,
+    new_decoder_architecture=False,
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        pytest.param(
+            LLAMA,
+            ["--kv-cache-dtype", "float16"],
+            ["--kv-cache-dtype float16", "leave it out"],
+            id="by-the-config",
+        ),
+        pytest.param(
+            UNREADABLE,
+            [],
+            ["cannot be calibrated", "leave out --attention-backend fourier"],
+            id="by-a-layer",
+        ),
+    ],
+)
+def test_last_on_the_screen(tmp_path, monkeypatch, model, options, words):
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tmp_path)]
+    command += ["--attention-backend", "fourier", "--max-model-len", "512", "--enforce-eager"]
+    command += ["--skip-tokenizer-init", "--kv-cache-memory-bytes", str(64 << 20), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    check_sentence(last.removeprefix("ValueError: "), *words)
+    assert "No such file" not in done.stderr, "weights were looked for"
