@@ -50,10 +50,3 @@ def test_page_sizes_are_no_pattern(v_bits: tuple[int, ...]) -> None:
     alone = [engine.layout(layer, 2).page_bytes for layer in engine.recipe.layers]
     assert all(a <= b for a, b in zip(alone, sizes, strict=True))
     assert sum(a != b for a, b in zip(alone, sizes, strict=True)) <= 1
-
-
-def test_without_recipe_and_weights_there_is_a_way_out() -> None:
-    geometry = FourierConfig().geometry()
-    engine = EngineRecipe(SHAPE, geometry, None, "balanced", "windowed", "test")
-    with pytest.raises(ValueError, match="fourier-vllm calibrate"):
-        layer_layout(engine, 0, 0, 1, 2, None)

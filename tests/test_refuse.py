@@ -136,33 +136,33 @@ def test_advice_does_not_go_round_in_circles():
 SINKS = "learned attention sinks"
 SLIDING_AND_FULL = dict(sliding_window=64, layer_types=["sliding_attention", "full_attention"])
 
+MLA: dict[str, Any] = dict(
+    SIZES,
+    architectures=["DeepseekV2ForCausalLM"],
+    model_type="deepseek_v2",
+    hidden_size=128,
+    intermediate_size=192,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    kv_lora_rank=32,
+    q_lora_rank=None,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    n_routed_experts=4,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    first_k_dense_replace=1,
+    topk_method="greedy",
+    n_group=1,
+    topk_group=1,
+)
+
 MODELS = {
-    "mla": (
-        dict(
-            SIZES,
-            architectures=["DeepseekV2ForCausalLM"],
-            model_type="deepseek_v2",
-            hidden_size=128,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            kv_lora_rank=32,
-            q_lora_rank=None,
-            qk_nope_head_dim=32,
-            qk_rope_head_dim=16,
-            v_head_dim=32,
-            n_routed_experts=4,
-            n_shared_experts=1,
-            num_experts_per_tok=2,
-            moe_intermediate_size=32,
-            first_k_dense_replace=1,
-            topk_method="greedy",
-            n_group=1,
-            topk_group=1,
-        ),
-        "multi-head latent attention (MLA)",
-    ),
+    "mla": (MLA, "multi-head latent attention (MLA)"),
+    "sparse": (dict(MLA, index_topk=8), "sparse attention"),
     "encoder-decoder": (
         dict(
             SIZES,
@@ -420,6 +420,11 @@ NGRAM = dict(method="ngram", num_speculative_tokens=2, prompt_lookup_max=2)
             ),
             ["--no-scheduler-reserve-full-isl", "leave it out"],
             id="exact-without-gate",
+        ),
+        pytest.param(
+            dict(load_format="tensorizer"),
+            ["--load-format tensorizer", "use --load-format auto"],
+            id="loader",
         ),
         pytest.param(dict(enable_dbo=True), ["--enable-dbo", "leave it out"], id="micro-batches"),
         pytest.param(dict(runner="pooling"), ["--runner pooling", "text-generation"], id="pooling"),

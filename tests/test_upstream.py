@@ -323,6 +323,29 @@ def test_the_two_platform_hooks():
     assert parameters(CpuPlatform.get_attn_backend_cls)[:2] == names
 
 
+def test_a_refusal_finds_its_way():
+    """`patches/engine_args.py` and `patches/engine_startup.py` stand on these."""
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+    from vllm.v1.engine import core, utils
+    from vllm.v1.executor import multiproc_executor
+
+    assert AsyncEngineArgs.create_engine_config is EngineArgs.create_engine_config
+    assert "wait_for_engine_startup(" in source(utils.launch_core_engines)
+    assert 'logger.exception("EngineCore failed to start.")' in source(core)
+    assert 'logger.exception("WorkerProc failed to start.")' in source(multiproc_executor)
+
+
+def test_a_checkpoint_chooses_the_dtype_of_the_cache():
+    """Where vLLM makes another dtype of "auto": `kv_scheme.py` is before both."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
+
+    assert parameters(resolve_kv_cache_dtype_string) == ["kv_cache_dtype", "model_config"]
+    assert "resolve_kv_cache_dtype_string(" in source(EngineArgs.create_engine_config)
+    rule = 'if kv_cache_scheme is not None and kv_cache_dtype == "auto":'
+    assert rule in source(Attention.__init__)
+
+
 def test_the_kernel_scan_still_needs_numba_hidden():
     """Where this fails, `platform._wrap_kernel_scan` can go."""
     import numba  # noqa: F401
@@ -359,7 +382,6 @@ def test_selector_fields_are_validation_arguments():
         "supports_dcp",
         "supports_pcp",
         "supports_rswa",
-        "supports_per_head_quant_scales",
         "supports_batch_invariance",
         "is_mla",
         "is_sparse",
