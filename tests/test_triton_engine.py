@@ -10,6 +10,7 @@ import torch
 from fourier_vllm.engine import reference_path
 from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
 from fourier_vllm.engine.plan import Window
+from tests.memory import peak_bytes
 from tests.numerics import assert_close
 from tests.test_reference import codec_of
 from tests.triton_kernels import DEVICE, needs_triton
@@ -207,6 +208,24 @@ def test_contexts_longer_than_the_scratch(window: Window) -> None:
 @pytest.mark.parametrize(("recipe", "fragments"), [("coded-2", True), ("paper", False)])
 def test_warming_up_runs_on_nothing(recipe: str, fragments: bool) -> None:
     Steps(recipe, WINDOWED, 2, fragments).path.prepare()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="measures memory of a CPU")
+@pytest.mark.parametrize("can_overflow", [False, True])
+def test_profiling_holds_what_attention_takes(monkeypatch: pytest.MonkeyPatch, can_overflow: bool):
+    """Beside the scratch, for the longest context and the largest chunk."""
+    step = Steps("coded-2", WINDOWED, 2, True)
+    prefill, asked = step.path.prefill, []
+
+    def memory(q: torch.Tensor, k: torch.Tensor) -> int:
+        asked.append((tuple(q.shape), tuple(k.shape)))
+        return 50 << 20
+
+    monkeypatch.setattr(prefill.attention, "memory", memory)
+    prefill.capacity, prefill.can_overflow = 4096, can_overflow
+    scratch = 4 * D * (2 * H * 4096 + (H * G * LENGTH if can_overflow else 0))
+    assert scratch + (50 << 20) <= peak_bytes(prefill.prepare) < 1.1 * scratch + (50 << 20)
+    assert asked == [((LENGTH, H * G, D), (4096, H, D))]
 
 
 def test_requests_share_pieces_and_long_ones_are_cut() -> None:

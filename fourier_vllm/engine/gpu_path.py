@@ -93,7 +93,7 @@ class GpuPath:
         # A larger batch may be split into fewer parts: each tensor at its own largest.
         parts = max(b * sum(self.splits(b)) for b in range(1, self.max_num_seqs + 1))
         self._workspace(parts, self.max_num_seqs)
-        self.prefill.scratch()
+        self.prefill.prepare()
         self._warm_up()
 
     def run(self, step: LayerStep) -> None:

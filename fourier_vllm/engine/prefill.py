@@ -58,6 +58,12 @@ class Prefill:
             ((T, self.num_heads, D), self.dtype),
         )
 
+    def prepare(self) -> None:
+        """Hold for a moment what a prompt needs at most, for vLLM's memory profile."""
+        k, _, _ = self.scratch()
+        q = k.new_empty(self.max_num_tokens, self.num_heads, k.shape[2], device="meta")
+        k.new_empty(self.attention.memory(q, k), dtype=torch.uint8)
+
     def run(self, plan: GpuPlan, tokens: Tokens, q: torch.Tensor, output: torch.Tensor) -> None:
         """Write `output [T, Hq, D]` of the requests after the first `plan.num_decodes`."""
         # In flight they lie token after token already.

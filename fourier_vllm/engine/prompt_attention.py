@@ -10,9 +10,12 @@ from vllm.logger import init_logger
 
 from fourier_vllm._text import SUBJECT
 from fourier_vllm.engine.gpu_plan import Piece
-from fourier_vllm.kernels.reference_attention import prefill_attention
 
 logger = init_logger("vllm.fourier_vllm")
+
+# Sides of a tile of PyTorch's scores.
+QUERY_TILE = 256
+KEY_TILE = 1024
 
 
 class PromptAttention(ABC):
@@ -30,6 +33,10 @@ class PromptAttention(ABC):
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
+
+    @abstractmethod
+    def memory(self, q: torch.Tensor, k: torch.Tensor) -> int:
+        """Bytes that a call with `q [T, Hq, D]` and `k [K, H, D]` allocates for itself, at most."""
 
     @abstractmethod
     def __call__(
@@ -55,6 +62,10 @@ class FlashAttention(PromptAttention):
         super().__init__(scale)
         self.version, self.attend = version, flash_attn_varlen_func
 
+    def memory(self, q: torch.Tensor, k: torch.Tensor) -> int:
+        # Log-sum-exps of all stretches so far, of the next one, and of both.
+        return 3 * 4 * q.shape[0] * q.shape[1]
+
     def __call__(
         self, piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> torch.Tensor:
@@ -78,6 +89,12 @@ class FlashAttention(PromptAttention):
 class Xformers(PromptAttention):
     """xformers' memory-efficient attention under a block-diagonal causal mask."""
 
+    def memory(self, q: torch.Tensor, k: torch.Tensor) -> int:
+        T, Hq, D = q.shape
+        K, H, _ = k.shape
+        # The output, and K and V with a head for every query head.
+        return q.itemsize * D * Hq * (T + (2 * K if Hq > H else 0))
+
     def __call__(
         self, piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> torch.Tensor:
@@ -98,7 +115,19 @@ class Xformers(PromptAttention):
 
 
 class TorchAttention(PromptAttention):
-    """PyTorch's own, request by request."""
+    """PyTorch's matrix products in float32, request by request and in tiles of the scores.
+
+    PyTorch's own attention would expand K and V to all query heads and hold all scores of a query at once,
+    depending on the kernel it picks.
+    """
+
+    def memory(self, q: torch.Tensor, k: torch.Tensor) -> int:
+        _, Hq, D = q.shape
+        rows = Hq * QUERY_TILE
+        # Scores before and after the softmax; queries, and outputs before and after a tile is added;
+        # K and V of a tile, as they are read and as the product wants them.
+        numbers = 2 * rows * KEY_TILE + 5 * rows * D + 4 * k.shape[1] * KEY_TILE * D
+        return 4 * numbers + QUERY_TILE * KEY_TILE
 
     def __call__(
         self, piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
@@ -112,18 +141,33 @@ class TorchAttention(PromptAttention):
         )
         for q_b, k_b, v_b, out_b in parts:
             context = len(k_b) - len(q_b)
-            if len(q_b):
-                out_b.copy_(
-                    prefill_attention(
-                        q_b,
-                        k_b[:context],
-                        v_b[:context],
-                        k_b[context:],
-                        v_b[context:],
-                        self.scale,
-                    )
-                )
+            for begin in range(0, len(q_b), QUERY_TILE):
+                rows = slice(begin, begin + QUERY_TILE)
+                end = min(context + rows.stop, len(k_b))
+                out_b[rows] = self._attend(q_b[rows], k_b[:end], v_b[:end])
         return q.new_empty(0)
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """`[n, Hq, D]` float32 of the last n tokens `q [n, Hq, D]` over `k, v [K, H, D]`."""
+        n, K, H = q.shape[0], *k.shape[:2]
+        # Rows of a KV head's products are its G query heads' queries: [H, G n, D].
+        x = (q.float() * self.scale).unflatten(1, (H, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+        most = x.new_full((*x.shape[:2], 1), -torch.inf)
+        total, acc = torch.zeros_like(most), torch.zeros_like(x)
+        for begin in range(0, K, KEY_TILE):
+            k_t, v_t = (y[begin : begin + KEY_TILE].transpose(0, 1).float() for y in (k, v))
+            s = x @ k_t.transpose(1, 2)
+            first = K - n - begin + 1  # key of the tile that the first query does not see
+            if first < k_t.shape[1]:
+                hidden = torch.ones(n, k_t.shape[1], dtype=torch.bool, device=q.device)
+                s.unflatten(1, (-1, n)).masked_fill_(hidden.triu_(first), -torch.inf)
+            new = torch.maximum(most, s.amax(-1, keepdim=True))
+            shrink = (most - new).exp_()
+            p = s.sub_(new).exp_()
+            total = total * shrink + p.sum(-1, keepdim=True)
+            acc = torch.baddbmm(acc.mul_(shrink), p, v_t)
+            most = new
+        return acc.div_(total).unflatten(1, (-1, n)).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def flash_attention_version(head_size: int, dtype: torch.dtype) -> int | None:
