@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from operator import sub
 from typing import Any
 
@@ -187,6 +187,16 @@ class Tables:
     def num_rows(self) -> int:
         """Rows of coefficients that a page holds."""
         return self.layout.k.coef.shape[1]
+
+    def by_name(self) -> dict[str, Tensor]:
+        """All tables."""
+        parts: dict[str, Tables | ChannelTables] = {"": self, "k_": self.k, "v_": self.v}
+        found = {
+            prefix + x.name: getattr(part, x.name)
+            for prefix, part in parts.items()
+            for x in fields(part)
+        }
+        return {name: x for name, x in found.items() if isinstance(x, Tensor)}
 
     def kinds(self) -> dict[str, bool]:
         """What kernels of K's and V's codecs compile for."""

@@ -8,9 +8,17 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 
-from fourier_vllm.engine.refuse import check_built, check_layer, check_vllm_version, no_recipe
+from fourier_vllm.engine.refuse import (
+    check_built,
+    check_config,
+    check_layer,
+    check_reload,
+    check_vllm_version,
+    no_recipe,
+)
 from fourier_vllm.recipe import ModelFingerprint, target_recipe
 from tests.scheduling import LLAMA, engine_config
 
@@ -107,6 +115,64 @@ def test_bad_layers(changes, words):
     with pytest.raises(ValueError, match="attention backend fourier") as caught:
         check_layer(**LAYER | changes)
     check_sentence(str(caught.value), words, "leave out --attention-backend fourier")
+
+
+def make_layer(config, num_heads: int, num_kv_heads: int, head_size: int, **options) -> None:
+    """A layer of a model with 4 query heads and 2 KV heads of 32, as vLLM's models make them."""
+    with set_current_vllm_config(config):
+        Attention(
+            num_heads, head_size, 1.0, num_kv_heads, cache_config=config.cache_config, **options
+        )
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_layers_of_other_shapes(tmp_path, world):
+    """Models may give layers heads of their own, where recipes and scratch are made for one shape."""
+    sizes = dict(tensor_parallel_size=world, distributed_executor_backend="mp")
+    config = engine_config(tmp_path, attention_backend="fourier", max_model_len=512, **sizes)
+    good = 4 // world, max(2 // world, 1), 32
+    make_layer(config, *good, prefix="layers.0.attn")
+    others = {(8, good[1], 32), (good[0], good[0], 32), (good[0], good[1], 64)} - {good}
+    for i, bad in enumerate(others, 1):
+        with pytest.raises(ValueError, match="layers of different shapes") as caught:
+            make_layer(config, *bad, prefix=f"layers.{i}.attn")
+        words = f"{bad} in one, {good} in the model's config", "leave out --attention-backend"
+        check_sentence(str(caught.value), *words)
+    # What has a sliding window of its own is not compressed.
+    make_layer(config, 4, 1, 32, prefix="layers.4.attn", per_layer_sliding_window=64)
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "words"),
+    [
+        ("model_config", dict(enable_sleep_mode=True), "dummy with --enable-sleep-mode"),
+        (None, dict(weight_transfer_config=object()), "dummy with --weight-transfer-config"),
+        ("parallel_config", dict(enable_elastic_ep=True), "--enable-elastic-ep"),
+    ],
+    ids=["sleep", "transfer", "elastic"],
+)
+def test_recipes_from_weights_that_are_replaced(tmp_path, part, option, words):
+    """Pages keep the format that follows from the first weights."""
+
+    def config_of(**options: Any) -> Any:
+        config = engine_config(tmp_path, max_model_len=512, **options)
+        for name, value in option.items():
+            object.__setattr__(getattr(config, part) if part else config, name, value)
+        return config
+
+    with pytest.raises(ValueError, match="cannot derive a recipe") as caught:
+        check_config(config_of())
+    check_sentence(str(caught.value), words, "name a recipe in the option `recipe`")
+    check_config(config_of(additional_config={"fourier": {"target": "lossless"}}))
+    if "dummy" in words:
+        check_config(config_of(load_format="auto"))
+
+
+def test_weights_that_replace_dummies():
+    check_reload(False)
+    with pytest.raises(ValueError, match="cannot derive another one") as caught:
+        check_reload(True)
+    check_sentence(str(caught.value), "--load-format dummy", "name a recipe in the option `recipe`")
 
 
 def test_built_layers():

@@ -11,6 +11,7 @@ import textwrap
 import pytest
 import torch
 from vllm.config import AttentionConfig, CacheConfig, SchedulerConfig, VllmConfig
+from vllm.device_allocator.sleep_mode_backend import CuMemBackend
 from vllm.forward_context import ForwardContext
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -34,10 +35,12 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SlidingWindowManager,
     register_all_kvcache_specs,
 )
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
+from vllm.v1.worker.gpu_worker import Worker
 
 from fourier_vllm.engine.backend import FourierBackend, FourierImpl
 from fourier_vllm.engine.local_cache import SUFFIX, FourierLocalCache
@@ -301,6 +304,14 @@ def test_common_metadata():
         "device",
     ]
     assert "dict[str" in str(ForwardContext.__annotations__["attn_metadata"])
+
+
+def test_sleep_saves_buffers_and_restores_them_in_place():
+    """Tables that are read by CUDA graphs are buffers of their layers."""
+    assert "model.named_buffers()" in source(Worker.sleep)
+    assert "buffer.data.copy_(self._sleep_saved_buffers[name].data)" in source(Worker.wake_up)
+    assert '"runtime", "cudagraph"' in source(CuMemBackend.suspend), "what level 2 keeps"
+    assert "clear_prefix_cache = level >= 1" in source(EngineCore.sleep)
 
 
 # 8. Selection.

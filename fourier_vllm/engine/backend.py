@@ -30,7 +30,15 @@ from fourier_vllm.engine.recipes import (
     layer_layout,
     num_local_groups,
 )
-from fourier_vllm.engine.refuse import WAY_OUT, check_built, check_config, check_layer, no_recipe
+from fourier_vllm.engine.refuse import (
+    WAY_OUT,
+    check_built,
+    check_config,
+    check_layer,
+    check_reload,
+    check_shape,
+    no_recipe,
+)
 from fourier_vllm.engine.specs import FourierLocalSpec, FourierPageSpec
 from fourier_vllm.kernels.cpu import decode as decode_cpu
 from fourier_vllm.kernels.reference import PageCodec
@@ -106,6 +114,8 @@ class FourierImpl(AttentionImpl):
         )
         self.vllm_config = get_current_vllm_config()
         self._engine = check_config(self.vllm_config)
+        if sliding_window is None:
+            check_shape(self.vllm_config, num_heads, num_kv_heads or num_heads, head_size)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size
@@ -114,6 +124,7 @@ class FourierImpl(AttentionImpl):
         self.sliding_window = sliding_window
         self.local: FourierLocalCache | None = None
         self.gpu: GpuPath | None = None
+        self.is_derived_from_dummies = False  # the recipe
         device = self.vllm_config.device_config.device
         if sliding_window is not None and device.type != "cpu":
             raise ValueError(
@@ -139,14 +150,20 @@ class FourierImpl(AttentionImpl):
             raise no_recipe(model.hf_config)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Bind to the layer; vLLM calls it after loading, and again after a weight reload."""
+        """Bind to the layer; vLLM calls it after loading, and again after a weight reload.
+
+        Pages keep their format then: it is part of the engine's sizes and of its CUDA graphs.
+        """
         self._ancestry.forget()
         layers = self.vllm_config.compilation_config.static_forward_context
         name, layer = next((n, x) for n, x in layers.items() if getattr(x, "impl", None) is self)
         check_built(layer)
         if self.local is not None:
+            check_reload(self.is_derived_from_dummies)
             return
         engine = engine_recipe(self.vllm_config)
+        load_format = self.vllm_config.load_config.load_format
+        self.is_derived_from_dummies = engine.recipe is None and load_format == "dummy"
         dtype = layer.kv_cache_torch_dtype
         model = self.vllm_config.model_config
         device = self.vllm_config.device_config.device
@@ -164,13 +181,17 @@ class FourierImpl(AttentionImpl):
             if projections is None:
                 raise no_recipe(model.hf_config)
         rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        layout = layer_layout(engine, ordinal, rank, world, dtype.itemsize, projections)
-        pages_bytes = id_bytes(engine, world, layout)
-        self.window = engine.window(engine.fingerprint.num_layers * layout.raw_bytes / pages_bytes)
-        self.codec = PageCodec(layout, dtype, device)
+        self.layout = layer_layout(engine, ordinal, rank, world, dtype.itemsize, projections)
+        pages_bytes = id_bytes(engine, world, self.layout)
+        raw_bytes = engine.fingerprint.num_layers * self.layout.raw_bytes
+        self.window = engine.window(raw_bytes / pages_bytes)
         if self.has_kernels(device):
             self.gpu = self._gpu_path(dtype, device)
+            # Sleep at level 2 discards what is allocated here, and restores buffers in place.
+            for table, tensor in self.gpu.tables.by_name().items():
+                layer.register_buffer(f"fourier_{table}", tensor, persistent=False)
         else:
+            self.codec = PageCodec(self.layout, dtype, device)
             decode_cpu.warm_up(self.codec, dtype)
         self.local = FourierLocalCache(layer, self._local_spec(layer, engine, pages_bytes))
         self.local_name = name + SUFFIX
@@ -195,7 +216,7 @@ class FourierImpl(AttentionImpl):
 
         config = self.vllm_config
         return GpuPath(
-            self.codec.layout,
+            self.layout,
             self.window,
             self._prompts,
             self.num_heads,
@@ -216,7 +237,7 @@ class FourierImpl(AttentionImpl):
             dtype=layer.kv_cache_torch_dtype,
             num_head_slots=1,
             tokens_per_state=self.window.page_size,
-            state_content_bytes=self.codec.layout.page_bytes,
+            state_content_bytes=self.layout.page_bytes,
         )
 
     def _reach(self) -> int:
@@ -230,7 +251,7 @@ class FourierImpl(AttentionImpl):
 
     def _local_spec(self, layer: Attention, engine: Any, pages_bytes: int) -> FourierLocalSpec:
         window, num_layers = self.window, engine.fingerprint.num_layers
-        block_bytes = self.codec.layout.raw_bytes // window.page_size * window.block_size
+        block_bytes = self.layout.raw_bytes // window.page_size * window.block_size
         return FourierLocalSpec(
             block_size=window.block_size,
             num_kv_heads=self.num_kv_heads,

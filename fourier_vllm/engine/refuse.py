@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SUPPORTED_VLLM = (Version("0.32"), Version("0.34"))
 WAY_OUT = "leave out --attention-backend fourier for this model"
+RECIPE_OUT = "name a recipe in the option `recipe`, or start with the weights that will be served"
 # What a layer may be told beside the usual, and what it means where it has a value.
 EXTRA = {
     "sinks": "learned attention sinks",
@@ -58,12 +59,19 @@ def check_config(vllm_config: Any) -> EngineRecipe:
         raise ValueError(f"{SUBJECT} does not support {problem}: {way_out}.")
     try:
         own_recipe.settle(vllm_config)
-        return engine_recipe(vllm_config)
+        engine = engine_recipe(vllm_config)
     except ValueError as error:
         # A recipe's own sentence, the one that the command line shows as well.
         if str(error).startswith(SUBJECT):
             raise
         raise ValueError(f"{SUBJECT}: {error}") from None
+    if engine.recipe is None:
+        for problem in _replaced_weights(vllm_config):
+            raise ValueError(
+                f"{SUBJECT} cannot derive a recipe from dummy weights that others replace ({problem}): "
+                f"{RECIPE_OUT}."
+            )
+    return engine
 
 
 def _problems(vllm_config: Any) -> Iterator[tuple[str, str]]:
@@ -127,6 +135,33 @@ def _per_kind(vllm_config: Any) -> Mapping[str, Any]:
     return getattr(vllm_config.attention_config, "backend_per_kind", None) or {}
 
 
+def _replaced_weights(vllm_config: Any) -> Iterator[str]:
+    """Options that put other weights in the place of dummies, with which an engine has started."""
+    if getattr(vllm_config.parallel_config, "enable_elastic_ep", False):
+        yield "--enable-elastic-ep"
+    if vllm_config.load_config.load_format != "dummy":
+        return
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
+        yield "--load-format dummy with --enable-sleep-mode"
+    if getattr(vllm_config, "weight_transfer_config", None) is not None:
+        yield "--load-format dummy with --weight-transfer-config"
+
+
+def check_reload(is_derived_from_dummies: bool) -> None:
+    """Refuse weights in the place of those that a recipe was derived from, where these were dummies.
+
+    Raises
+    ------
+    ValueError
+        They were.
+    """
+    if is_derived_from_dummies:
+        raise ValueError(
+            f"{SUBJECT} derived its recipe from dummy weights (--load-format dummy) and "
+            f"cannot derive another one for the weights that were loaded now: {RECIPE_OUT}."
+        )
+
+
 def _model_problems(model: Any) -> Iterator[tuple[str, str]]:
     config, root = model.hf_text_config, model.hf_config
     if getattr(config, "index_topk", None) is not None:
@@ -182,6 +217,28 @@ def _fits(head_size: int) -> bool:
 
 def _head_size(size: int) -> str:
     return f"head size {size} (multiples of 8 from 32 to 256 work)"
+
+
+def check_shape(vllm_config: Any, num_heads: int, num_kv_heads: int, head_size: int) -> None:
+    """Refuse a layer with full attention, of a rank, that has another shape than the model's config says.
+
+    Raises
+    ------
+    ValueError
+        It has: recipes, pages and scratch are made for layers of one shape.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    found = num_heads, num_kv_heads, head_size
+    expected = (
+        model.get_num_attention_heads(parallel),
+        model.get_num_kv_heads(parallel),
+        model.get_head_size(),
+    )
+    if found != expected:
+        raise ValueError(
+            f"{SUBJECT} does not support layers of different shapes (query heads, KV "
+            f"heads, head size: {found} in one, {expected} in the model's config): {WAY_OUT}."
+        )
 
 
 def check_layer(

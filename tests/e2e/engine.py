@@ -123,6 +123,14 @@ def conversation(llm: Any, max_tokens: int = 64) -> list[list[int]]:
     return tokens(first) + tokens(again) + tokens(generate(llm, turns, max_tokens))
 
 
+def sleep_and_reload(llm: Any) -> None:
+    """Give all memory back, then take it again and read the weights from their files."""
+    llm.sleep(level=2)
+    llm.wake_up(tags=["weights"])
+    llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])
+
+
 def blocks_held_after_abort(llm: Any) -> int:
     """Give up all prompts in the middle of their answers."""
     from vllm import SamplingParams

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
+from vllm.v1.worker.cpu_worker import CPUWorker
 
-from tests.e2e.engine import KERNELS_LOSSLESS, engine, generate, poison_free_blocks, prompts, tokens
+from tests.e2e.engine import (
+    KERNELS_LOSSLESS,
+    engine,
+    generate,
+    poison_free_blocks,
+    prompts,
+    sleep_and_reload,
+    tokens,
+)
 from tests.triton_kernels import DEVICE, needs_triton
 
 pytestmark = [
@@ -17,6 +28,8 @@ pytestmark = [
 
 # The interpreter copies whole caches for every launch.
 SMALL = dict(num_gpu_blocks_override=40, max_model_len=512)
+# Smaller pages, smaller ids. A prompt at once: the interpreter's time is that of launches.
+SLEEPY = dict(num_gpu_blocks_override=60, max_model_len=192, max_num_batched_tokens=192)
 
 
 @pytest.fixture
@@ -54,3 +67,72 @@ def test_tokens_equal_stock(toy, stock, on_the_gpu_path, prefill):
         layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
         assert layers["model.layers.0.self_attn.attn"].impl.gpu is not None
         assert turns(llm) == stock
+
+
+def tensors_in(thing: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Tensors that an object, and what it holds, keep."""
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, dict | list | tuple):
+        for x in thing.values() if isinstance(thing, dict) else thing:
+            yield from tensors_in(x, seen)
+    elif type(thing).__module__.startswith("fourier_vllm"):
+        yield from tensors_in(vars(thing), seen)
+
+
+class Memory(SleepModeBackend):
+    """A GPU's memory: what a level of sleep does not keep is lost."""
+
+    def __init__(self, worker: Any) -> None:
+        super().__init__()
+        runner = worker.model_runner
+        layers = runner.compilation_config.static_forward_context.values()
+        seen: set[int] = set()
+        self.layers = [layer for layer in layers if hasattr(layer, "impl")]
+        self.ours = [x for layer in self.layers for x in tensors_in(layer.impl.gpu, seen)]
+        self.weights = [*runner.model.parameters(), *runner.model.buffers(), *self.ours]
+        self.caches = [layer.kv_cache for layer in layers]
+
+    def suspend(self, level: int = 1) -> None:
+        for cache in self.caches:
+            cache.view(torch.uint8).fill_(0xFF)
+        if level == 2:
+            for x in self.weights:
+                x.data.zero_()
+
+    def resume(self, tags: list[str] | None = None) -> None:
+        pass
+
+
+def test_sleep_and_reload(toy, on_the_gpu_path, monkeypatch):
+    """Level 2 loses what was made while weights loaded, unless it is a buffer of the model."""
+    for name in ("sleep", "wake_up"):  # instead of these a GPU's, from which they are inherited
+        monkeypatch.delattr(CPUWorker, name)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *args: None)
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda *args: (0, 0))
+    with engine(toy(), KERNELS_LOSSLESS | {"target": "balanced"}, **SLEEPY) as llm:
+        worker = llm.llm_engine.model_executor.driver_worker.worker
+        memory = worker._sleep_mode_backend = Memory(worker)
+        saved = {id(x) for x in worker.model_runner.model.buffers()}
+        assert memory.ours
+        assert {id(x) for x in memory.ours} <= saved
+
+        def answer() -> tuple[list[list[int]], float]:
+            outputs = generate(llm, [prompts()[6][:150]], 2)
+            likelihood = outputs[0].outputs[0].cumulative_logprob
+            return tokens(outputs), round(likelihood, 3)
+
+        before = answer()
+        llm.sleep(1)
+        llm.wake_up()
+        assert answer() == before
+        sleep_and_reload(llm)
+        assert answer() == before
+        # A negative control: were they no buffers, the tables would be gone.
+        for layer in memory.layers:
+            layer._buffers = {k: x for k, x in layer._buffers.items() if "fourier" not in k}
+        sleep_and_reload(llm)
+        assert answer() != before
