@@ -55,13 +55,14 @@ def kl_of_turn(model: Any, ids: torch.Tensor, split: int, recipes: list[Any]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="folder with SmolLM2-135M-Instruct; default: fetched")
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--context", type=int, default=2944, help="tokens, whole pages")
     parser.add_argument("--turn", type=int, default=256)
     parser.add_argument("--targets", nargs="+", default=["balanced", "quality"])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/hit_cost.json")
     args = parser.parse_args()
-    model, tokenizer = load(str(fetch("smollm2")))
+    model, tokenizer = load(args.model or str(fetch("smollm2")))
     recipes = {t: find_bundled(fingerprint_of(model), t) for t in args.targets}
     # No window is no recipe of a user's; it is what the table of a hit says.
     kinds = [
@@ -72,6 +73,7 @@ def main() -> None:
     found = []
     for text in documents(args.documents, CHARS_A_TOKEN * (args.context + args.turn)):
         ids = torch.tensor(tokenizer(text, verbose=False).input_ids[: args.context + args.turn])
+        ids = ids.to(model.device)
         found.append(kl_of_turn(model, ids, args.context, [recipe for *_, recipe in kinds]))
     mean = torch.stack(found).double().mean(0)
     rows = []
@@ -80,7 +82,7 @@ def main() -> None:
         rows.append({"target": target, "context": name, "kl": round(float(kl.mean()), 5), **spans})
         print(rows[-1], flush=True)
     result = {
-        "machine": machine("cpu") | versions() | {"commit": commit()},
+        "machine": machine(model.device.type) | versions() | {"commit": commit()},
         "documents": args.documents,
         "context": args.context,
         "rows": rows,
