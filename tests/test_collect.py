@@ -328,6 +328,16 @@ def test_attention_that_cannot_be_watched(llama, monkeypatch):
         collect(llama, texts(128), W, M, S)
 
 
+@pytest.mark.parametrize("blocked", [("q_proj", "k_proj", "v_proj"), ("o_proj", "down_proj")])
+def test_layers_that_pass_no_gradients(llama, blocked):
+    """Quantised activations are computed without them, in front of the attention and behind it."""
+    for name, module in llama.named_modules():
+        if name.endswith(blocked):
+            module.forward = torch.no_grad()(module.forward)
+    with pytest.raises(ValueError, match=r"passes no gradients .* before its quantisation"):
+        collect(llama, texts(128), W, M, S)
+
+
 def test_soft_caps_are_refused():
     config = transformers.Gemma2Config(**COMMON, sliding_window=24, attn_implementation="sdpa")
     model = transformers.Gemma2ForCausalLM(config)

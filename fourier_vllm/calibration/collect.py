@@ -65,7 +65,7 @@ def collect(
     Raises
     ------
     ValueError
-        A document is too short, or the model's attention cannot be watched.
+        A document is too short, the model's attention cannot be watched, or no gradients reach it.
     """
     least = MIN_DOCUMENT_PAGES * page_size
     for ids in documents:
@@ -77,7 +77,7 @@ def collect(
     layers = {i: Sums(*sizes) for i in full_attention_layers(model)}
     for layer, sums in zip(layers.values(), done, strict=False):
         layer.sums = dict(sums)
-    steps = len(documents) * len(layers)
+    steps, seen = len(documents) * len(layers), set[int]()
     with (
         tqdm(
             total=steps,
@@ -86,11 +86,17 @@ def collect(
             unit="layer",
             disable=None,
         ) as bar,
-        _watched(model, layers, bar),
+        _watched(model, layers, seen, bar),
     ):
         for i in range(num_done, len(documents)):
             _backpropagate(model, documents[i].to(model.device), SEED + i)
-            if not layers or not all(layer.sums for layer in layers.values()):
+            if not all(layers[i].sums for i in seen):
+                raise ValueError(
+                    f"model {type(model).__name__} passes no gradients through its layers, as with"
+                    " quantised activations: calibrate the model before its quantisation, whose recipe"
+                    " fits this one."
+                )
+            if not layers or seen != set(layers):
                 raise ValueError(
                     f"model {type(model).__name__} does not run its attention through the interface"
                     " of transformers: leave the option `recipe` out, or --attention-backend fourier"
@@ -114,8 +120,11 @@ def _backpropagate(model: Any, ids: Tensor, seed: int) -> None:
 
 
 @contextmanager
-def _watched(model: Any, layers: Mapping[int, Sums], bar: Any) -> Iterator[None]:
-    """Let the layers of `model` add to their sums on the way back, and keep no activations."""
+def _watched(model: Any, layers: Mapping[int, Sums], seen: set[int], bar: Any) -> Iterator[None]:
+    """Let the layers of `model` add to their sums on the way back, and keep no activations.
+
+    `seen` gets the indices of the layers whose attention ran.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -134,7 +143,10 @@ def _watched(model: Any, layers: Mapping[int, Sums], bar: Any) -> Iterator[None]
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, **options | {"dropout": 0.0}
         )
-        layer = layers.get(getattr(module, "layer_idx", -1))
+        index = getattr(module, "layer_idx", -1)
+        layer = layers.get(index)
+        if layer is not None:
+            seen.add(index)
         if layer is not None and output.requires_grad:
             scaling = options.get("scaling") or key.shape[-1] ** -0.5
             q, k, v = query[0].detach(), key[0].detach(), value[0].detach()
