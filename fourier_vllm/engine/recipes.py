@@ -111,7 +111,8 @@ def fingerprint_of(model_config: Any) -> ModelFingerprint:
     rope = rope.get("full_attention", rope)
     theta = rope.get("rope_theta") or getattr(config, "rope_theta", None)
     return ModelFingerprint(
-        architecture=model_config.architecture,
+        # As the checkpoint says: vLLM's transformers backend runs it under another name.
+        architecture=(model_config.architectures or [model_config.architecture])[0],
         num_layers=len(compressed_layers(model_config)),
         num_heads=config.num_attention_heads,
         num_kv_heads=model_config.get_total_num_kv_heads(),

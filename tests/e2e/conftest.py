@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,3 +29,21 @@ def toy(tmp_path_factory: pytest.TempPathFactory):
 
     folder = tmp_path_factory.mktemp("toys")
     return lambda family="llama": make_toy(folder, family)
+
+
+@pytest.fixture(scope="session")
+def run_apart(root: Path):
+    """Runs a module in a process of its own: `run_apart("tests.e2e.images", folder)` is what it prints."""
+
+    def run(module: str, argument: Path, *path: Path):
+        result = subprocess.run(
+            [sys.executable, "-m", module, str(argument)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [root, *path]))},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        return json.loads(result.stdout.splitlines()[-1])
+
+    return run

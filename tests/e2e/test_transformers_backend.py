@@ -1,0 +1,25 @@
+"""Models that vLLM runs through transformers' code: stock attention's tokens, recipes of the same model."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def results(run_apart, tmp_path_factory):
+    """Tokens by family and recipe."""
+    return run_apart("tests.e2e.through_transformers", tmp_path_factory.mktemp("toys"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_tokens_equal_stock(results, family):
+    assert results[f"{family} lossless"] == results[f"{family} stock"]
+
+
+def test_recipe_of_the_model(results):
+    """It names the model by its checkpoint; vLLM runs every one as the same class here."""
+    assert results["llama recipe"] == results["llama stock"]
+
+
+def test_recipe_from_the_weights(results):
+    assert results["llama derived"] != results["llama stock"]
