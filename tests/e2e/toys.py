@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", dict(sliding_window=None)),
     "phi3": ("Phi3", {}),
     "granite": ("Granite", dict(attention_multiplier=0.2)),
+    # Sizes that kernels for quantised weights take.
+    "llama-128": ("Llama", dict(intermediate_size=256, num_hidden_layers=2)),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        dict(
+            num_hidden_layers=2,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=128,
+            norm_topk_prob=True,
+        ),
+    ),
     "gemma3": (
         "Gemma3",
         dict(
@@ -57,27 +70,40 @@ def make_toy(folder: Path, family: str) -> Path:
     name, changes = FAMILIES[family]
     config_name = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
     config = getattr(transformers, config_name)(**{**COMMON, **changes}, dtype="float32")
+    save_random(getattr(transformers, f"{name}ForCausalLM"), config, path)
+    return path
+
+
+def save_random(model_class: Any, config: Any, path: Path) -> None:
+    """Write a model of `config` with random weights."""
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
-    for parameter_name, parameter in model.named_parameters():
+    model = model_class(config)
+    for name, parameter in model.named_parameters():
         # Weights large enough that far tokens matter; biases and norms away from their defaults.
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
-        elif parameter_name.endswith("bias"):
+        elif name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(path)
-    return path
+
+
+def byte_tokenizer(special: Iterable[str] = ()) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are bytes, and `special` ones behind them."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=list(special),
+    )
 
 
 def add_tokenizer(folder: Path) -> Path:
     """Give a toy model a tokenizer whose tokens are bytes; returns its folder."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    special = ["<pad>", "<bos>", "<eos>"]
-    vocabulary = {token: i for i, token in enumerate(special + alphabet)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    ).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
