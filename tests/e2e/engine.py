@@ -41,11 +41,13 @@ def engine(model: Any, fourier: dict[str, Any] | None = None, **options: Any) ->
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(str(model), **settings(fourier) | options)
+    llm = None
     try:
+        llm = LLM(str(model), **settings(fourier) | options)
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
@@ -107,6 +109,29 @@ def generate(llm: Any, ids: list[list[int]], max_tokens: int = 100, **sampling: 
 def tokens(outputs: list[Any]) -> list[list[int]]:
     """Token ids of every completion of every output."""
     return [list(c.token_ids) for o in outputs for c in o.outputs]
+
+
+def assert_same_but_for_ties(ours: list[Any], stock: list[Any], tie: float) -> None:
+    """Tokens are equal while log-probabilities are equal within `tie`, which nearly all of them are.
+
+    For models that compute in 16 bits: a step whose two best tokens are nearer than the rounding falls
+    either way, and ends the comparison of its completion.
+    """
+    compared = total = 0
+    for a, b in zip(ours, stock, strict=True):
+        a, b = a.outputs[0], b.outputs[0]
+        total += len(b.token_ids)
+        steps = zip(a.token_ids, b.token_ids, a.logprobs, b.logprobs, strict=True)
+        for token, expected, found, wanted in steps:
+            # A token that is not among stock's best ones is as far behind as can be told.
+            lead = wanted[expected].logprob - (wanted[token].logprob if token in wanted else -1e9)
+            assert lead < tie, f"a token is chosen whose log-probability is {lead:.2g} behind"
+            gap = abs(found[token].logprob - wanted[token].logprob)
+            assert gap < tie, f"log-probabilities differ by {gap:.2g}"
+            if token != expected:
+                break
+            compared += 1
+    assert compared > total // 3, f"only {compared} of {total} tokens were compared"
 
 
 def digest(ids: list[list[int]]) -> str:
