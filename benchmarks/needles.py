@@ -111,10 +111,7 @@ def main() -> None:
         args.model = str(fetch("smollm2"))
     runs: list[tuple[str, dict[str, Any] | None]] = [] if args.no_stock else [("stock", None)]
     runs += [(f"fourier {options}", json.loads(options)) for options in args.options]
-    rows = []
-    for name, fourier in runs:
-        rows.append({"engine": name} | score(args.model, fourier, args))
-        print(rows[-1], flush=True)
+    rows: list[dict[str, Any]] = []
     result = {
         "machine": machine(DEVICE) | versions("vllm") | {"commit": commit()},
         "model": Path(args.model).name,
@@ -122,7 +119,10 @@ def main() -> None:
         "max_num_batched_tokens": args.chunk,
         "rows": rows,
     }
-    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    for name, fourier in runs:
+        rows.append({"engine": name} | score(args.model, fourier, args))
+        print(rows[-1], flush=True)
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

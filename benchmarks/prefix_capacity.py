@@ -92,7 +92,8 @@ def main() -> None:
         "--out", type=Path, default=ROOT / "benchmarks/results/prefix_capacity.json"
     )
     args = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    result = {"machine": machine(DEVICE) | versions("vllm") | {"commit": commit()}, "rows": rows}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SMALL))
         for engine in args.engines:
@@ -131,8 +132,7 @@ def main() -> None:
                             }
                         )
                         print(rows[-1], flush=True)
-    result = {"machine": machine(DEVICE) | versions("vllm") | {"commit": commit()}, "rows": rows}
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+                        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,9 @@ def conversations(
         llm.wake_up()
         llm.collective_rpc("reload_weights")
         found["level 2, woken at once"] = conversation(llm)
-        if fourier == KERNELS_LOSSLESS:  # without tables, lossy pages are NaN, which no sampler survives
+        if (
+            fourier == KERNELS_LOSSLESS
+        ):  # without tables, lossy pages are NaN, which no sampler survives
             forget_tables(worker.model_runner.model)
             sleep_and_reload(llm)
             found[LOST] = conversation(llm)
