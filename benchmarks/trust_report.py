@@ -1,6 +1,6 @@
-"""The tables of docs/trust.md, from benchmarks/results/trust.json, prefix_capacity.json and hit_cost.json.
+"""The tables of docs/trust.md and of needles in docs/recipes.md, from the JSON in benchmarks/results/.
 
-python benchmarks/trust_report.py [--page docs/trust.md]
+python benchmarks/trust_report.py [--page docs/trust.md] [--recipes docs/recipes.md]
 """
 
 from __future__ import annotations
@@ -61,9 +61,42 @@ def hits(result: dict[str, Any]) -> str:
     return "\n".join(table(head, lines, 2))
 
 
+def served(rows: list[dict[str, Any]]) -> str:
+    """Rows of `benchmarks/serve.py` of one GPU and vLLM, an engine below the other."""
+    head = ("engine", "KV tokens", "context", "batch", "decode step, ms", "all first tokens, ms")
+    lines = [
+        [
+            row["engine"],
+            f"{row['kv_tokens']:,}",
+            f"{row['context']:,}",
+            str(row["batch"]),
+            f"{row['itl_ms']:.2f}",
+            f"{row['all_first_tokens_ms']:,.0f}",
+        ]
+        for row in rows
+        if "context" in row
+    ]
+    return "\n".join(table(head, lines, 1))
+
+
+def needles(results: list[dict[str, Any]]) -> str:
+    """Right answers by engine, a column a model."""
+    head = ("", *(f"{r['model']}, {r['context_tokens']:,} tokens" for r in results))
+    found = [{row["engine"]: row for row in r["rows"]} for r in results]
+    engines = list(dict.fromkeys(name for rows in found for name in rows))
+
+    def cell(rows: dict[str, Any], engine: str) -> str:
+        row = rows.get(engine)
+        return f"{row['right']} of {row['questions']}" if row else ""
+
+    lines = [[engine, *(cell(rows, engine) for rows in found)] for engine in engines]
+    return "\n".join(table(head, lines, 1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", type=Path, default=ROOT / "docs/trust.md")
+    parser.add_argument("--recipes", type=Path, default=ROOT / "docs/recipes.md")
     args = parser.parse_args()
 
     def load(name: str) -> Any:
@@ -73,8 +106,10 @@ def main() -> None:
         "comparisons": comparisons(load("trust.json")),
         "prefix capacity": capacities(load("prefix_capacity.json")),
         "hit cost": hits(load("hit_cost.json")),
+        "served": served(load("serve_vllm033.json")),
     }
     put(args.page, made)
+    put(args.recipes, {"needles": needles(load("needles_predicted.json"))})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def benchmark(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Mo
     [
         ("tables", {"--page": "docs/performance.md"}, ["--write"]),
         ("serve_report", {"--page": "docs/results.md", "--readme": "README.md"}, []),
-        ("trust_report", {"--page": "docs/trust.md"}, []),
+        ("trust_report", {"--page": "docs/trust.md", "--recipes": "docs/recipes.md"}, []),
     ],
 )
 def test_pages_are_up_to_date(root, tmp_path, script, pages, options):
