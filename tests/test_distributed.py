@@ -9,7 +9,7 @@ import pytest
 from fourier_vllm.cli import main
 from fourier_vllm.distributed.cluster import Share, reason, share
 from fourier_vllm.distributed.output import Output
-from fourier_vllm.distributed.requests import scan
+from fourier_vllm.distributed.requests import cut, scan
 
 GOOD = {"id": 1, "prompt": "a"}
 
@@ -26,17 +26,39 @@ def test_batches_cover_every_request_once(tmp_path, size):
 
     made = [{"id": i, "prompt": "é\u2028 " * i} for i in range(5)]
     path = write(tmp_path / "in", made[0], "\n", *made[1:3], "  \n", *made[3:])
-    batches = scan(path, size)
+    found = scan(path)
+    batches = cut(found, size)
     assert all(batch.rows <= size for batch in batches)
     tables = [table for batch in batches for table in _read(path, batch)]
     assert [len(table) for table in tables] == [batch.rows for batch in batches]
-    assert [i for table in tables for i in table["id"].to_pylist()] == list("01234")
-    assert [json.loads(r) for t in tables for r in t["request"].to_pylist()] == made
+    rows = [row for table in tables for row in table.to_pylist()]
+    assert [row["id"] for row in rows] == list("01234")
+    assert [json.loads(row["request"]) for row in rows] == [{"prompt": x["prompt"]} for x in made]
+    assert [row["digest"] for row in rows] == [request.digest for request in found]
 
 
 def test_last_line_without_a_newline(tmp_path):
     path = write(tmp_path / "in", GOOD, json.dumps({"id": 2, "prompt": "b"}))
-    assert [(batch.offset, batch.rows) for batch in scan(path, 1)] == [(0, 1), (25, 1)]
+    assert [batch.lines for batch in cut(scan(path), 1)] == [((0, 25),), ((25, 24),)]
+
+
+def test_a_digest_is_of_what_the_engine_reads(tmp_path):
+    """Neither the id, nor a field that nobody reads, nor how the JSON is spelled."""
+    chat = [{"role": "user", "content": "é"}]
+    lines = [
+        {"id": 1, "prompt": "é"},
+        '{"prompt" : "\\u00e9", "messages": null, "id": "x", "topic": 3}\n',
+        {"id": 2, "prompt": "e"},
+        {"id": 3, "messages": chat},
+        {"id": 4, "messages": chat, "prompt": None},
+        {"id": 5, "messages": chat * 2},
+    ]
+    a, same, other, chat_a, chat_same, longer = (
+        request.digest for request in scan(write(tmp_path / "in", *lines))
+    )
+    assert a == same
+    assert chat_a == chat_same
+    assert len({a, other, chat_a, longer}) == 4
 
 
 @pytest.mark.parametrize(
@@ -59,27 +81,32 @@ def test_last_line_without_a_newline(tmp_path):
 )
 def test_refuses_what_is_no_request(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message):
-        scan(write(tmp_path / "in", *lines), 8)
+        scan(write(tmp_path / "in", *lines))
 
 
 def test_refuses_a_missing_file(tmp_path):
     with pytest.raises(ValueError, match=r"--input .* is not a file"):
-        scan(tmp_path / "in", 8)
+        scan(tmp_path / "in")
 
 
 def test_output_belongs_to_one_job_once_it_holds_answers(tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     output = Output(tmp_path / "new" / "out")
     for job in ({"model": "a", "max_tokens": 1}, {"model": "b", "max_tokens": 2}):
         with output.open(job):
-            assert output.finished() == set()
-    output.done.mkdir()
-    parquet.write_table(pa.table({"id": ["1", "2"]}), output.done / "x.parquet")
-    (output.done / "y.pending.parquet").touch()
+            assert output.settle({"1": "d"}).answered == set()
+    output.answers.mkdir()
+    (output.answers / "x.json").write_text(
+        '{"id": "1", "digest": "d", "text": "t", "error": null}\n'
+    )
     with output.open({"model": "b", "max_tokens": 2}):
-        assert output.finished() == {"1", "2"}
+        assert output.settle({"1": "d"}).answered == {"1"}
     with pytest.raises(ValueError, match="another max_tokens"), output.open({"model": "b"}):
+        pass
+    (output.folder / "job.json").write_bytes(b"\x00\x00")
+    with (
+        pytest.raises(ValueError, match=r"job\.json is damaged.*choose another folder"),
+        output.open({}),
+    ):
         pass
 
 

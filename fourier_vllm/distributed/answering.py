@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Answering:
-    """Turns {id, request} into one answer a request, whatever the request.
+    """Turns {id, digest, request} into one answer a request, whatever the request.
 
     Parameters
     ----------
@@ -30,10 +30,10 @@ class Answering:
         """Answers in the order of the requests, with the columns of `columns`."""
         import pyarrow
 
-        rows = [{"id": identifier} for identifier in block["id"].to_pylist()]
+        rows = block.to_pylist()
         accepted = []
-        for row, request in zip(rows, block["request"].to_pylist(), strict=True):
-            error = self._enqueue(json.loads(request))
+        for row in rows:
+            error = self._enqueue(json.loads(row.pop("request")))
             if error is None:
                 accepted.append(row)
             else:
@@ -71,13 +71,14 @@ class Answering:
 
 
 def columns() -> pyarrow.Schema:
-    """Columns of an answer; `error` says why there is no `text`."""
+    """Columns of an answer; `digest` says to which text, `error` why there is no `text`."""
     import pyarrow
 
     text, count = pyarrow.string(), pyarrow.int64()
     return pyarrow.schema(
         {
             "id": text,
+            "digest": text,
             "text": text,
             "finish_reason": text,
             "error": text,

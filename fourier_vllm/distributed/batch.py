@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Answer what is not answered yet; returns the exit code."""
+    """Answer what is not answered yet; returns the exit code, 1 while a request has no row."""
     for name in ("replicas", "batch_size", "max_tokens"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more.")
@@ -34,20 +35,36 @@ def run(options: Options) -> int:
         raise ValueError("--temperature must be 0 (greedy) or more.")
     cluster.require()
     source, output = options.input.absolute(), Output(options.output.absolute())
-    batches = requests.scan(source, options.batch_size)
+    found = requests.scan(source)
+    digests = {request.id: request.digest for request in found}
     engine = _engine(options)
-    total = sum(batch.rows for batch in batches)
     with output.open(_job(options)):
-        before = len(output.finished())
-        print(f"{total:,} requests, {before:,} answered before", flush=True)
-        if before < total:
-            _answer(options, engine, source, batches, output)
+        before = output.settle(digests)
+        print(f"{len(found):,} requests, {len(before.answered):,} answered before", flush=True)
+        if before.replaced:
+            print(
+                f"{before.replaced:,} lines went to {output.replaced}: they are damaged, or not known "
+                "to answer the requests as they are now",
+                flush=True,
+            )
+        missing = [request for request in found if request.id not in before.answered]
+        if missing:
+            _answer(options, engine, source, requests.cut(missing, options.batch_size), output)
+        after = output.settle(digests)
+        others = f", beside {after.others:,} for other inputs" if after.others else ""
         print(
-            f"{len(output.finished()):,} answers in {output.answers}, "
-            f"{output.errors():,} of them an error",
+            f"{len(after.answered):,} answers in {output.answers}, {after.errors:,} of them an "
+            f"error{others}",
             flush=True,
         )
-    return 0
+    left = len(found) - len(after.answered)
+    if left:
+        print(
+            f"fourier-vllm batch: {left:,} of {len(found):,} requests have no answer; the same "
+            "command goes on from there.",
+            file=sys.stderr,
+        )
+    return 1 if left else 0
 
 
 def _answer(
@@ -59,13 +76,8 @@ def _answer(
 ) -> None:
     cluster.connect()
     import ray.data
-    from ray.data.checkpoint import CheckpointConfig
 
     share = cluster.share(options.replicas, vllm_options.devices(engine))
-    # two-phase: ids count as done when their file is whole, and half a file is removed
-    ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig(
-        "id", str(output.done), delete_checkpoint_on_success=False
-    )
     sampling = {"max_tokens": options.max_tokens, "temperature": options.temperature}
     answers = ray.data.read_datasource(
         requests.datasource(source, batches), override_num_blocks=len(batches)

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import pyarrow
     from ray.data import Datasource
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Lines of the input that one engine answers together."""
+class Request(NamedTuple):
+    """One line of the input."""
 
+    id: str
+    digest: str  # of what the engine reads
     offset: int  # bytes from the start of the file
     size: int  # bytes
-    rows: int  # lines with a request
 
 
-def scan(path: Path, batch_size: int) -> list[Batch]:
-    """Cut the file into batches; every request is checked.
+@dataclass(frozen=True)
+class Batch:
+    """Requests that one engine answers together."""
+
+    lines: tuple[tuple[int, int], ...]  # offset and size of each
+
+    @property
+    def rows(self) -> int:
+        """How many requests there are."""
+        return len(self.lines)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the input."""
+        return sum(size for _, size in self.lines)
+
+
+def scan(path: Path) -> list[Request]:
+    """Every request of the file, checked.
 
     Raises
     ------
@@ -33,33 +51,39 @@ def scan(path: Path, batch_size: int) -> list[Batch]:
     """
     if not path.is_file():
         raise ValueError(f"--input {path} is not a file: name a file of JSON lines.")
-    seen: set[str] = set()
-    batches: list[Batch] = []
-    offset = start = rows = 0
+    found: dict[str, Request] = {}
+    offset = 0
     with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
-            offset += len(line)
             if line.strip():
-                identifier = _check(line, f"--input {path}, line {number}")
-                if identifier in seen:
+                identifier, content = _check(line, f"--input {path}, line {number}")
+                if identifier in found:
                     raise ValueError(
                         f"--input {path}, line {number}: the id {identifier!r} was there before; "
                         "give every request its own."
                     )
-                seen.add(identifier)
-                rows += 1
-            if rows == batch_size:
-                batches.append(Batch(start, offset - start, rows))
-                start, rows = offset, 0
-    if rows:
-        batches.append(Batch(start, offset - start, rows))
-    if not batches:
+                found[identifier] = Request(identifier, digest_of(content), offset, len(line))
+            offset += len(line)
+    if not found:
         raise ValueError(f"--input {path} holds no request: write one JSON object a line.")
-    return batches
+    return list(found.values())
+
+
+def cut(requests: Sequence[Request], batch_size: int) -> list[Batch]:
+    """Batches of `batch_size` requests and of what is left over."""
+    return [
+        Batch(tuple((r.offset, r.size) for r in requests[first : first + batch_size]))
+        for first in range(0, len(requests), batch_size)
+    ]
+
+
+def digest_of(content: str) -> str:
+    """Names the `content` of a request in its answer: 32 hexadecimal digits."""
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 def datasource(path: Path, batches: list[Batch]) -> Datasource:
-    """A Ray Data source of rows {id, request}, both text; one block a batch."""
+    """A Ray Data source of rows {id, digest, request}, all text; one block a batch."""
     from ray.data import Datasource, ReadTask
     from ray.data.block import BlockMetadata
 
@@ -89,17 +113,21 @@ def _reader(path: Path, batch: Batch) -> Callable[[], Iterator[pyarrow.Table]]:
 def _read(path: Path, batch: Batch) -> Iterator[pyarrow.Table]:
     import pyarrow
 
+    ids, contents = [], []
     with path.open("rb") as stream:
-        stream.seek(batch.offset)
-        text = stream.read(batch.size).decode()
-    lines = [line for line in text.split("\n") if line.strip()]
-    ids = [str(json.loads(line)["id"]) for line in lines]
-    # the line stays text: Arrow would make one type of all `messages`
-    yield pyarrow.table({"id": ids, "request": lines})
+        for offset, size in batch.lines:
+            stream.seek(offset)
+            identifier, content = _check(stream.read(size), f"--input {path}, byte {offset}")
+            ids.append(identifier)
+            contents.append(content)
+    # Of what is read now: a file that changed since the scan must not lend its digests.
+    digests = [digest_of(content) for content in contents]
+    # A request stays text: Arrow would make one type of all `messages`.
+    yield pyarrow.table({"id": ids, "digest": digests, "request": contents})
 
 
-def _check(line: bytes, where: str) -> str:
-    """The id of a request; refuses what no engine could answer."""
+def _check(line: bytes, where: str) -> tuple[str, str]:
+    """Id of a request, and as JSON what the engine reads; refuses what no engine could answer."""
     try:
         request = json.loads(line.decode())
     except ValueError as error:
@@ -118,7 +146,8 @@ def _check(line: bytes, where: str) -> str:
         isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
     ):
         raise ValueError(f'{where}: "messages" is not a list of messages: write {_SHAPE}.')
-    return str(identifier)
+    content = {"prompt": prompt} if messages is None else {"messages": messages}
+    return str(identifier), json.dumps(content)
 
 
 _SHAPE = '{"id": ..., "prompt": "..."} or {"id": ..., "messages": [...]}'

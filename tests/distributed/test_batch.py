@@ -70,10 +70,10 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def committed(output: Path) -> list[Path]:
-    """Files of answers that Ray Data has finished, oldest first."""
-    done = (output / "done").glob("*.parquet")
-    return sorted(file for file in done if not file.name.endswith(".pending.parquet"))
+def whole(output: Path) -> list[Path]:
+    """Files with the answers of a batch."""
+    files = (output / "answers").glob("*.json")
+    return sorted(file for file in files if file.read_bytes().count(b"\n") == BATCH)
 
 
 def answers(output: Path) -> list[dict]:
@@ -90,28 +90,25 @@ def test_killed_and_started_again(start, tmp_path):
     output = tmp_path / "output"
     first = start(tmp_path / "first.log")
     deadline = time.monotonic() + 240
-    while len(committed(output)) < 2:
+    while len(whole(output)) < 2:
         assert first.poll() is None, (tmp_path / "first.log").read_text()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     kill(first)
     time.sleep(5)  # Ray's processes follow the driver within seconds
-    kept, torn = committed(output)[0], committed(output)[-1]
-    assert len(committed(output)) < REQUESTS // BATCH
-    (kept_answers,) = (output / "answers").glob(f"{kept.stem}*")
-    before = kept_answers.read_bytes()
-    # what a kill in the middle of a write leaves: half a file, ids not committed
-    (torn_answers,) = (output / "answers").glob(f"{torn.stem}*")
-    torn_answers.write_bytes(torn_answers.read_bytes()[:100])
-    torn.rename(torn.with_name(f"{torn.stem}.pending.parquet"))
+    kept, torn = whole(output)[:2]
+    assert len(whole(output)) < REQUESTS // BATCH
+    before = kept.read_bytes()
+    torn.write_bytes(torn.read_bytes()[:100])  # what a kill in the middle of a write leaves
 
     log = wait(start(tmp_path / "second.log"), tmp_path / "second.log")
     rows = {row["id"]: row for row in answers(output)}
     assert Counter(row["id"] for row in answers(output)) == Counter(
         str(request["id"]) for request in requests()
     )
-    assert kept_answers.read_bytes() == before
-    assert not torn_answers.exists()
+    assert kept.read_bytes() == before
+    assert not torn.exists()
+    assert "1 lines went to" in log
     assert f"{REQUESTS} answers" in log
     assert "1 of them an error" in log
     assert [i for i, row in rows.items() if row["error"]] == [str(TOO_LONG)]
