@@ -6,10 +6,10 @@ import signal
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 from fourier_vllm.distributed import cluster, vllm_options
 
-NAME = "fourier"  # of the Serve application
 MIN_CPUS = 0.1  # Ray refuses a bundle of nothing
 
 
@@ -25,34 +25,63 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Serve until Ctrl-C; returns the exit code."""
+    """Serve until Ctrl-C; returns the exit code.
+
+    The application and nothing else is deleted at the end, however the end comes.
+    """
     if options.replicas < 1:
         raise ValueError("--replicas must be 1 or more.")
     cluster.require()
     engine = vllm_options.parse(options.vllm_args, "deploy")
     cluster.connect()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `finally` runs
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # so that `finally` runs
     share = cluster.share(options.replicas, vllm_options.devices(engine))
     from ray import serve
 
     serve.start(http_options=serve.HTTPOptions(host=options.host, port=options.port))
+    _check_address(options)
+    # Serve takes one application of a name for another's new version: no other has this name.
+    name = f"fourier-{uuid4().hex[:8]}"
     try:
-        _start(_application(options, engine, share))
-        print(f"serving at http://{options.host}:{options.port}/v1 until Ctrl-C", flush=True)
+        _start(_application(options, engine, share), name)
+        print(f"serving {name} at http://{options.host}:{options.port}/v1 until Ctrl-C", flush=True)
         with suppress(KeyboardInterrupt):
             signal.pause()
     finally:
-        serve.delete(NAME)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave the replicas behind
+        serve.delete(name)
     return 0
 
 
-def _start(application: Any) -> None:
+def _check_address(options: Options) -> None:
+    """Refuse when Serve ran before and listens elsewhere; it ignores a second address."""
+    from ray.serve.context import _get_global_client
+
+    found = _get_global_client().http_config
+    if (found.host, found.port) != (options.host, options.port):
+        raise ValueError(
+            f"Ray Serve on this cluster listens at {found.host}:{found.port} already: give --host "
+            f"{found.host} --port {found.port}, or end it with `serve shutdown`."
+        )
+
+
+def _start(application: Any, name: str) -> None:
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
     try:
-        serve.run(application, name=NAME)
+        serve.run(application, name=name)
+    except RayServeException as error:
+        if "being used by application" not in str(error):
+            raise
+        raise ValueError(
+            f"this Ray cluster serves another model already ({cluster.reason(str(error))}): end that "
+            "deploy first, or start a cluster of your own with RAY_ADDRESS=local and another --port."
+        ) from error
     except RuntimeError as error:  # says that it failed; the status says why
-        deployments = serve.status().applications[NAME].deployments.values()
+        deployments = serve.status().applications[name].deployments.values()
         why = "\n".join(deployment.message for deployment in deployments)
         raise ValueError(f"the replicas did not start: {cluster.reason(why)}") from error
 
