@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -144,6 +145,7 @@ class Worker:
     """Executes scheduler outputs on stamps; raises `ReadError` where a read is not what it must be.
 
     `runner` is "v1" (prefilling: inside the prompt) or "v2" (until all tokens known at admission).
+    `nulled_below` has, for each cache group, the `num_retained_tokens` that vLLM 0.33's V2 runner acts on.
     """
 
     window: Window
@@ -151,12 +153,14 @@ class Worker:
     max_model_len: int
     runner: str = "v1"
     seed: int = 0
+    nulled_below: tuple[int, int] = (0, 0)
     rows: dict[str, Row] = field(default_factory=dict)
     num_steps: int = 0
     num_null_reads: int = 0
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
+        self.stale = np.random.default_rng(self.seed)
         # A block id is one piece of memory, whichever cache uses it.
         self.page = np.full((self.num_blocks, self.window.page_size), POISON, np.int64)
         self.local = np.full((self.num_blocks, self.window.block_size), POISON, np.int64)
@@ -191,13 +195,14 @@ class Worker:
     def _table(self, rows: list[Row], group: int, block_size: int) -> torch.Tensor:
         """Block table with, behind each row, ids of whoever had that row before."""
         width = -(-self.max_model_len // block_size)
-        table = np.array(
-            [[self.random.randrange(self.num_blocks) for _ in range(width)] for _ in rows]
-        ).reshape(len(rows), width)
+        table = self.stale.integers(self.num_blocks, size=(len(rows), width), dtype=np.int32)
         for i, row in enumerate(rows):
             expect(len(row.blocks[group]) <= width, "a table is longer than the model allows")
             table[i, : len(row.blocks[group])] = row.blocks[group]
-        return torch.from_numpy(table.astype(np.int32))
+            if self.nulled_below[group]:  # `_gather_block_tables_kernel` of vLLM 0.33
+                reach = max(row.num_computed - self.nulled_below[group], 0)
+                table[i, : min(reach // block_size, len(row.blocks[group]))] = 0
+        return torch.from_numpy(table)
 
     def execute(self, output: Any, requests: dict[str, Request]) -> None:
         """One forward pass of one layer: plan, store, seal, attend."""
@@ -322,8 +327,16 @@ class Worker:
         expect((np.sort(read) == np.sort(right)).all(), f"{what}: a raw cell holds another token")
 
 
+def retained_tokens(spec: Any) -> int:
+    """What vLLM 0.33's V2 runner takes from a group's spec, see its `initialize_kv_cache`."""
+    return spec.num_retained_tokens if isinstance(spec, SlidingWindowSpec) else 0
+
+
 class Engine:
-    """Scheduler and worker; `in_flight` steps are scheduled before the first's tokens arrive."""
+    """Scheduler and worker; `in_flight` steps are scheduled before the first's tokens arrive.
+
+    A freed block that nothing can hit is poisoned at once, and every block when it is handed out.
+    """
 
     def __init__(
         self,
@@ -334,6 +347,7 @@ class Engine:
         prefix_caching: bool = True,
         in_flight: int = 1,
         runner: str = "v1",
+        gather: str = "v0.32",
         seed: int = 0,
     ) -> None:
         init_none_hash(sha256)
@@ -353,30 +367,58 @@ class Engine:
         self.hasher = get_request_block_hasher(hash_block_size, sha256) if prefix_caching else None
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.worker = Worker(window, num_blocks, config.model_config.max_model_len, runner, seed)
+        if gather == "v0.33":
+            groups = caches.kv_cache_groups
+            page, local = (retained_tokens(group.kv_cache_spec) for group in groups)
+            self.worker.nulled_below = (page, local)
         self.queue: deque[Any] = deque()
-        self.num_preemptions = self.num_hits = self.max_running = 0
+        self.num_added = self.num_preemptions = self.num_hits = self.max_running = 0
         self.finished: list[str] = []
-        get_new_blocks = self.pool.get_new_blocks
+        self.taken: list[Any] = []
+        get_new_blocks, free_blocks = self.pool.get_new_blocks, self.pool.free_blocks
 
-        def poisoned(n: int) -> list[Any]:
+        def get_poisoned(n: int) -> list[Any]:
             blocks = get_new_blocks(n)
             self.worker.poison([b.block_id for b in blocks])
             return blocks
 
-        self.pool.get_new_blocks = poisoned
+        def free_poisoned(blocks: Iterable[Any]) -> None:
+            blocks = list(blocks)
+            free_blocks(blocks)
+            free = (b for b in blocks if b.ref_cnt == 0 and b.block_hash is None)
+            self.worker.poison([b.block_id for b in free if not b.is_null])
+
+        self.pool.get_new_blocks, self.pool.free_blocks = get_poisoned, free_poisoned
+        preempt = self.scheduler._preempt_request
+
+        def take_back_and_preempt(request: Request, *args: Any, **kwargs: Any) -> None:
+            # vLLM publishes blocks when it schedules their tokens, and may preempt a priority victim in the
+            # same `schedule()`; stock vLLM then hits what nobody computed, see docs/troubleshooting.md.
+            for manager in self.managers:
+                blocks = manager.req_to_blocks.get(request.request_id, [])
+                uncomputed = blocks[request.num_computed_tokens // manager.block_size :]
+                self.pool.evict_blocks({b.block_id for b in uncomputed if b.block_hash})
+            preempt(request, *args, **kwargs)
+
+        self.scheduler._preempt_request = take_back_and_preempt
 
     @property
     def managers(self) -> tuple[Any, ...]:
         return self.scheduler.kv_cache_manager.coordinator.single_type_managers
 
-    def add(self, name: str, prompt: list[int], max_tokens: int) -> Request:
+    def add(
+        self, name: str, prompt: list[int], max_tokens: int, priority: int = 0, **sampling: Any
+    ) -> Request:
         request = Request(
             request_id=name,
             prompt_token_ids=prompt,
-            sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+            sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampling),
             pooling_params=None,
+            arrival_time=float(self.num_added),
+            priority=priority,
             block_hasher=self.hasher,
         )
+        self.num_added += 1
         self.scheduler.add_request(request)
         return request
 
@@ -387,6 +429,14 @@ class Engine:
         """Preempt the newest running request, as if the pool had run out."""
         if self.scheduler.running:
             self.scheduler._preempt_request(self.scheduler.running.pop(), 0.0)
+
+    def squeeze(self, num_free: int) -> None:
+        """Take all free blocks but `num_free`, until `release`."""
+        self.taken += self.pool.get_new_blocks(max(self.pool.get_num_free_blocks() - num_free, 0))
+
+    def release(self) -> None:
+        self.pool.free_blocks(self.taken)
+        self.taken = []
 
     def step(self) -> None:
         """Schedule and run one step; take the tokens of the one that leaves the pipeline."""

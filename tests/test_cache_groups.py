@@ -7,19 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vllm.v1.core.kv_cache_utils import (
-    generate_scheduler_kv_cache_config,
-    get_kv_cache_configs,
-    update_kv_cache_capacity,
-)
+from vllm.v1.core.kv_cache_utils import update_kv_cache_capacity
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from fourier_vllm.engine.cache_groups import check_groups, has_pages
 from fourier_vllm.engine.local_cache import SUFFIX
 from fourier_vllm.engine.patches import kv_cache_capacity
 from fourier_vllm.engine.stock_capacity import stock_capacity
+from tests.planner import plan_caches
 from tests.scheduling import engine_config, local_spec, page_spec
-from tests.test_plan import WINDOWED
+from tests.traffic import WINDOWED
 
 SHAPE = dict(num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
 REACH = WINDOWED.local_window + WINDOWED.page_size
@@ -43,9 +40,7 @@ def sliding(window: int = REACH):
 def planned(folder, specs):
     config = engine_config(folder, max_model_len=512)
     config.cache_config.kv_cache_layout = "BLHNC"
-    return config, generate_scheduler_kv_cache_config(
-        get_kv_cache_configs(config, [specs], [MEMORY])
-    )
+    return config, plan_caches(config, specs, MEMORY)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +102,7 @@ def test_stock_capacity_is_what_stock_plans(tmp_path, others):
     full = FullAttentionSpec(block_size=16, **SHAPE)
     stock = engine_config(tmp_path, max_model_len=512)
     stock.cache_config.kv_cache_layout = "LBNHC"
-    plain = generate_scheduler_kv_cache_config(
-        get_kv_cache_configs(stock, [others | {"1.attn": full, "3.attn": full}], [MEMORY])
-    )
+    plain = plan_caches(stock, others | {"1.attn": full, "3.attn": full}, MEMORY)
     stock.cache_config.num_gpu_blocks = plain.num_blocks
     update_kv_cache_capacity(stock, plain)
     expected = stock.cache_config.kv_cache_size_tokens

@@ -15,8 +15,6 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import (
-    generate_scheduler_kv_cache_config,
-    get_kv_cache_configs,
     get_max_concurrency_for_kv_cache_config,
     get_request_block_hasher,
     init_none_hash,
@@ -31,8 +29,9 @@ from fourier_vllm.engine.plan import Window
 from fourier_vllm.engine.recipes import EngineRecipe, id_bytes, layer_layout, num_local_groups
 from fourier_vllm.engine.specs import FourierLocalSpec, FourierPageSpec
 from fourier_vllm.recipe import LayerRecipe, ModelFingerprint, Provenance, Recipe
+from tests.planner import plan_caches
 from tests.scheduling import LOCAL_GROUP, PAGE_GROUP, Engine, engine_config, local_spec, page_spec
-from tests.test_plan import EXACT, WINDOWED, simulate, windows
+from tests.traffic import EXACT, WINDOWED, simulate
 
 WIDE = Window(page_size=64, local_window=96, sink_tokens=16, block_size=8, exact_prefill=False)
 NO_SINKS = replace(WINDOWED, sink_tokens=0, block_size=8)
@@ -43,6 +42,18 @@ MODES = {
     "wide-exact": replace(WIDE, exact_prefill=True),
     "no-sinks": NO_SINKS,
 }
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> Window:
+    W = draw(st.sampled_from((32, 64)))
+    return Window(
+        page_size=W,
+        local_window=draw(st.sampled_from((16, 32, 48, 80))),
+        sink_tokens=draw(st.sampled_from((0, 1, 16, 24, 32))),
+        block_size=draw(st.sampled_from((8, 16, 32))),
+        exact_prefill=draw(st.booleans()),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -443,8 +454,7 @@ def planned(config, layers, local_block_size=None, prefill="windowed", length=20
     cfg = config(length, max_num_batched_tokens=512)
     cfg.cache_config.kv_cache_layout = "BLHNC"
     memory = blocks * sum(s.page_size_bytes for s in specs.values() if s.block_size == 128)
-    worker = get_kv_cache_configs(cfg, [specs], [memory])
-    caches = generate_scheduler_kv_cache_config(worker)
+    caches = plan_caches(cfg, specs, memory)
     cfg.cache_config.num_gpu_blocks = caches.num_blocks
     return cfg, caches, window
 

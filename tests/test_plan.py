@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from fourier_vllm.engine.managers import FourierLocalManager
-from fourier_vllm.engine.plan import Window, make_plan, raw_starts
+from fourier_vllm.engine.plan import make_plan, raw_starts
 from tests.scheduling import Engine, ReadError, engine_config
-
-WINDOWED = Window(page_size=32, local_window=48, sink_tokens=16, block_size=16, exact_prefill=False)
-EXACT = replace(WINDOWED, exact_prefill=True)
-MAX_MODEL_LEN = 512
+from tests.traffic import EXACT, MAX_MODEL_LEN, WINDOWED, simulate
 
 
 @pytest.fixture(scope="module")
@@ -36,49 +29,6 @@ def config(tmp_path_factory):
     return make
 
 
-def simulate(
-    config,
-    window: Window,
-    *,
-    seed: int = 0,
-    num_blocks: int = 400,
-    prefix_caching: bool = True,
-    in_flight: int = 1,
-    runner: str = "v1",
-    num_requests: int = 12,
-    max_tokens: tuple[int, ...] = (1, 3, 40, 90),
-    disturb: bool = True,
-    make: type[Engine] = Engine,
-) -> Engine:
-    """Requests that share prefixes come, are preempted, aborted, and come again, at random."""
-    rng = random.Random(seed)
-    options: dict[str, Any] = dict(
-        prefix_caching=prefix_caching, in_flight=in_flight, runner=runner, seed=seed
-    )
-    engine = make(config(), window, num_blocks, **options)
-    families = [[rng.randrange(500) for _ in range(MAX_MODEL_LEN)] for _ in range(2)]
-    waiting = []
-    for i in range(num_requests):
-        family, length = rng.choice(families), rng.choice([1, 5, 31, 32, 33, 64, 130, 200, 300])
-        own = [rng.randrange(500) for _ in range(rng.choice([0, 0, 1, 20, 70]))]
-        waiting.append((f"{i}", family[:length] + own, rng.choice(max_tokens)))
-    for _ in range(3000):
-        if waiting and rng.random() < 0.2:
-            engine.add(*waiting.pop())
-        if not waiting and not engine.scheduler.has_unfinished_requests():
-            break
-        # As if the token budget differed from step to step.
-        engine.scheduler.max_num_scheduled_tokens = rng.choice([1, 7, 16, 33, 64, 96])
-        if disturb and rng.random() < 0.01:
-            engine.preempt()
-        running = engine.scheduler.running
-        if disturb and running and rng.random() < 0.004:
-            engine.abort(rng.choice(running).request_id)
-        engine.step()
-    engine.run()
-    return engine
-
-
 @pytest.mark.parametrize("in_flight", [pytest.param(1, id="sync"), pytest.param(2, id="async")])
 @pytest.mark.parametrize("cache", [pytest.param(True, id="cache"), pytest.param(False, id="none")])
 @pytest.mark.parametrize("window", [WINDOWED, EXACT], ids=["windowed", "exact"])
@@ -94,7 +44,7 @@ def test_every_read_is_right(config, window, cache, in_flight):
 
 @pytest.mark.parametrize("in_flight", [1, 2], ids=["sync", "async"])
 @pytest.mark.parametrize(
-    ("window", "num_blocks"), [(WINDOWED, 40), (EXACT, 60)], ids=["windowed", "exact"]
+    ("window", "num_blocks"), [(WINDOWED, 40), (EXACT, 50)], ids=["windowed", "exact"]
 )
 def test_when_the_pool_is_tight(config, window, num_blocks, in_flight):
     """Cached blocks are evicted all the time and requests preempted; gaps are read from pages."""
@@ -114,45 +64,30 @@ def test_when_the_pool_is_tight(config, window, num_blocks, in_flight):
     assert preemptions
 
 
-@st.composite
-def windows(draw: st.DrawFn) -> Window:
-    W = draw(st.sampled_from((32, 64)))
-    return Window(
-        page_size=W,
-        local_window=draw(st.sampled_from((16, 32, 48, 80))),
-        sink_tokens=draw(st.sampled_from((0, 1, 16, 24, 32))),
-        block_size=draw(st.sampled_from((8, 16, 32))),
-        exact_prefill=draw(st.booleans()),
-    )
-
-
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    window=windows(),
-    seed=st.integers(0, 10**6),
-    prefix_caching=st.booleans(),
-    in_flight=st.sampled_from((1, 2)),
-    runner=st.sampled_from(("v1", "v2")),
-    num_blocks=st.sampled_from((110, 150, 400)),
-)
-def test_any_window_in_any_situation(config, window, num_blocks, **situation):
-    simulate(config, window, num_blocks=num_blocks, num_requests=6, **situation)
-
-
-@pytest.mark.parametrize("in_flight", [1, 2], ids=["sync", "async"])
-@pytest.mark.parametrize("window", [WINDOWED, EXACT], ids=["windowed", "exact"])
-def test_a_short_window_is_noticed(config, window, in_flight, monkeypatch):
-    """Negative control: the least that breaks the window makes the simulation fail."""
-    # The manager keeps up to one block more than is read, so one block and one token are missed.
-    original = FourierLocalManager._first_kept
-    short = window.block_size + 1
-    monkeypatch.setattr(
-        FourierLocalManager, "_first_kept", lambda self, n: original(self, n + short)
-    )
-    with pytest.raises(ReadError):
-        simulate(config, window, prefix_caching=False, in_flight=in_flight)
+def test_a_victim_of_the_step_that_scheduled_it(tmp_path):
+    """Its pages are not hit: nobody computes them."""
+    most = 0
+    for free in range(6):
+        config = engine_config(
+            tmp_path,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_batched_tokens=96,
+            scheduling_policy="priority",
+            long_prefill_token_threshold=70,
+        )
+        engine = Engine(config, WINDOWED, 200)
+        engine.add("long", list(range(400)), 5, priority=1)
+        engine.step()
+        urgent = engine.add("urgent", [1] * 15, 60)
+        # Room for the long prompt's chunk, and none for the urgent request's next block.
+        while urgent.num_computed_tokens != 16:
+            engine.step()
+        engine.squeeze(free)
+        engine.step()
+        most = max(most, engine.num_preemptions)
+        engine.release()
+        engine.run()
+    assert most == 1
 
 
 def test_missing_retention_is_noticed(config, monkeypatch):

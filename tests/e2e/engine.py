@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import hashlib
 import random
@@ -168,7 +169,12 @@ def blocks_held_after_abort(llm: Any) -> int:
     core.abort_request([str(i) for i in range(len(prompts()))])
     while core.has_unfinished_requests():
         core.step()
-    pool = core.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    return blocks_held(llm)
+
+
+def blocks_held(llm: Any) -> int:
+    """Blocks that are not free, without the null block."""
+    pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
 
 
@@ -214,3 +220,30 @@ def poison_free_blocks(llm: Any) -> Iterator[None]:
         yield
     finally:
         BlockPool.get_new_blocks = original
+
+
+@contextmanager
+def gather_like_v33() -> Iterator[None]:
+    """Null entries of block tables as vLLM 0.33's V2 runner does, by what the specs say."""
+    import torch
+
+    from fourier_vllm.engine.metadata import FourierMetadataBuilder
+    from tests.scheduling import retained_tokens
+
+    original = FourierMetadataBuilder.build
+
+    def build(self: Any, common_prefix_len: int, common: Any, fast_build: bool = False) -> Any:
+        spec, table = self.kv_cache_spec, common.block_table_tensor
+        if reach := retained_tokens(spec):
+            context = common.seq_lens - common.query_start_loc.diff()
+            num_null = (context - reach).clamp_min(0) // spec.block_size
+            index = torch.arange(table.shape[1], device=table.device)
+            table = table.masked_fill(index < num_null[:, None], 0)
+            common = dataclasses.replace(common, block_table_tensor=table)
+        return original(self, common_prefix_len, common, fast_build)
+
+    FourierMetadataBuilder.build = build
+    try:
+        yield
+    finally:
+        FourierMetadataBuilder.build = original
