@@ -313,7 +313,7 @@ def test_fingerprint_is_the_engine_s(model):
     config = model.config
     seen_by_vllm = SimpleNamespace(
         hf_text_config=config,
-        architecture=type(model).__name__,
+        architectures=[type(model).__name__],
         get_total_num_kv_heads=lambda: config.num_key_value_heads,
         get_head_size=lambda: config.head_dim,
     )

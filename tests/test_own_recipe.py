@@ -46,7 +46,7 @@ def calibrations(monkeypatch) -> list[list[str]]:
     commands: list[list[str]] = []
     shape = SimpleNamespace(
         hf_text_config=SimpleNamespace(**LLAMA),
-        architecture="LlamaForCausalLM",
+        architectures=["LlamaForCausalLM"],
         get_total_num_kv_heads=lambda: LLAMA["num_key_value_heads"],
         get_head_size=lambda: LLAMA["head_dim"],
     )
