@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -51,7 +52,11 @@ def calibrations(monkeypatch) -> list[list[str]]:
         get_head_size=lambda: LLAMA["head_dim"],
     )
 
+    real = subprocess.run
+
     def run(command, **options):
+        if "calibrate" not in command:  # vLLM looks at a model class in a process of its own
+            return real(command, **options)
         commands.append(command)
         time.sleep(0.2)
         page = int(command[command.index("--page-size") + 1])
