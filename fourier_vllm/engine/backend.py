@@ -21,7 +21,7 @@ from fourier_vllm.config import FourierConfig
 from fourier_vllm.engine import reference_path, sliding
 from fourier_vllm.engine.local_cache import SUFFIX, FourierLocalBackend, FourierLocalCache
 from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
-from fourier_vllm.engine.model_weights import Ancestry, can_read, read_projections
+from fourier_vllm.engine.model_weights import Ancestry, UnreadableError, can_read, read_projections
 from fourier_vllm.engine.platform import NAME
 from fourier_vllm.engine.recipes import (
     compressed_layers,
@@ -175,11 +175,13 @@ class FourierImpl(AttentionImpl):
         ordinal = compressed_layers(model).index(extract_layer_index(name))
         projections = None
         if engine.recipe is None:
-            projections = read_projections(
-                self._ancestry, self.num_heads, self.num_kv_heads, self.head_size
-            )
-            if projections is None:
-                raise no_recipe(model.hf_config)
+            heads = self.num_heads, self.num_kv_heads, self.head_size
+            try:
+                projections = read_projections(
+                    self._ancestry, *heads, model.dtype, model.hf_text_config
+                )
+            except UnreadableError as reason:
+                raise no_recipe(model.hf_config, str(reason)) from None
         rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         self.layout = layer_layout(engine, ordinal, rank, world, dtype.itemsize, projections)
         pages_bytes = id_bytes(engine, world, self.layout)

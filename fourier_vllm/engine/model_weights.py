@@ -9,11 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+
+# What vLLM's models call the norm in front of the attention.
+NORMS = (
+    "input_layernorm", "self_attn_layer_norm", "ln_1", "attention_norm", "ln1", "attn_norm", "norm_1",
+    "norm1", "input_norm", "operator_norm",
+)  # fmt: skip
+
+
+class UnreadableError(Exception):
+    """Why a recipe cannot be predicted from a model's weights, as a clause."""
 
 
 class Ancestry:
@@ -67,22 +78,48 @@ def _linear(module: Any, x: torch.Tensor) -> torch.Tensor:
     return (out[0] if isinstance(out, tuple) else out).float()
 
 
-def _norm(parent: nn.Module, name: str, size: int) -> torch.Tensor | None:
-    """Effective scale of an RMSNorm: its output for a vector of ones (Gemma adds one to its weight)."""
-    norm = getattr(parent, name, None)
-    weight = getattr(norm, "weight", None)
-    if not isinstance(norm, nn.Module) or weight is None or weight.numel() != size:
-        return None
-    return norm(torch.ones(1, size, dtype=weight.dtype, device=weight.device))[0].float()
+def _norm(
+    parent: nn.Module | None, names: tuple[str, ...], size: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Scale and offset of the first norm of that size: RMSNorm, Gemma's (one plus its weight), LayerNorm."""
+    norms = (getattr(parent, name, None) for name in names)
+    sized = (x for x in norms if getattr(getattr(x, "weight", None), "numel", int)() == size)
+    norm: Any = next(sized, None)
+    if norm is None:
+        return None, None
+    # Of mean zero and unit energy: every kind of norm leaves it as it is.
+    x = torch.ones(1, size, dtype=norm.weight.dtype, device=norm.weight.device)
+    x[:, 1::2] = -1
+    up, down = norm(x)[0].float(), norm(-x)[0].float()
+    return (up - down) / 2 * x[0].float(), (up + down) / 2
 
 
-def _inv_freq(attention: nn.Module, head_size: int) -> torch.Tensor | None:
-    """RoPE's angular frequencies, radians a token, from vLLM's own table of cosines and sines."""
-    rope = getattr(attention, "rotary_emb", None)
-    cache = getattr(rope, "cos_sin_cache", None)
-    if rope is None or cache is None or cache.shape[0] < 2:
+def _inv_freq(attention: nn.Module, hf_config: Any) -> torch.Tensor | None:
+    """RoPE's angular frequencies, radians a token, from vLLM's own table of cosines and sines.
+
+    Raises
+    ------
+    UnreadableError
+        Positions enter in another way than by RoPE over the two halves of all heads alike.
+    """
+    rope: Any = getattr(attention, "rotary_emb", None)
+    if getattr(hf_config, "no_rope_layers", None) or getattr(attention, "nope", False):
+        raise UnreadableError("layers without positions stand beside layers with RoPE")
+    if rope is None:
+        parameters = getattr(hf_config, "rope_parameters", None)
+        if parameters or getattr(hf_config, "rope_theta", None):
+            raise UnreadableError("its layers hold no table of RoPE's angles")
         return None
-    cos, sin = cache[1].float().chunk(2)
+    cache, row = getattr(rope, "cos_sin_cache", None), 1
+    if cache is None and hasattr(rope, "long_short_cos_sin_cache"):
+        # LongRoPE: one table for short requests, then one for an engine that takes long ones.
+        cache = rope.long_short_cos_sin_cache
+        row += rope.original_max_position_embeddings if rope.use_long_rope else 0
+    if cache is None or len(cache) <= row:
+        raise UnreadableError("its layers hold no table of RoPE's angles")
+    if not getattr(rope, "is_neox_style", True):
+        raise UnreadableError("its RoPE turns neighbouring dims")
+    cos, sin = cache[row].float().chunk(2)
     return torch.atan2(sin, cos).abs()
 
 
@@ -93,30 +130,50 @@ def can_read(ancestry: Ancestry) -> bool:
 
 
 @torch.no_grad()
-def read_projections(ancestry: Ancestry, num_heads: int, num_kv_heads: int, head_size: int) -> Any:
-    """Projections of one layer, or None where the model is built in another way."""
-    attention = ancestry.attention
-    projection = getattr(attention, "qkv_proj", None)
-    hidden = getattr(projection, "input_size", None)
-    if attention is None or projection is None or hidden is None:
-        return None
-    parameter = next((p for p in projection.parameters() if p.is_floating_point()), None)
-    dtype = parameter.dtype if parameter is not None else torch.get_default_dtype()
-    dtype = dtype if dtype.itemsize > 1 else torch.get_default_dtype()
-    device = parameter.device if parameter is not None else torch.device("cpu")
-    bias = _linear(projection, torch.zeros(1, hidden, dtype=dtype, device=device))[0]
+def read_projections(
+    ancestry: Ancestry,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    dtype: torch.dtype,
+    hf_config: Any,
+) -> Projections:
+    """Projections of one layer.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        Of the model's activations; a quantised layer's own tensors say nothing of it.
+    hf_config : transformers.PretrainedConfig
+        Of the text model.
+
+    Raises
+    ------
+    UnreadableError
+        The model is built in another way than the prediction assumes.
+    """
+    attention: Any = ancestry.attention
+    if not can_read(ancestry):
+        raise UnreadableError("its projections cannot be read")
+    projection, hidden = attention.qkv_proj, attention.qkv_proj.input_size
+    device = next(chain(projection.parameters(), projection.buffers())).device
+    # Not from zeros, which have no scale where activations are quantised.
+    x = torch.ones(1, hidden, dtype=dtype, device=device)
+    bias = (_linear(projection, x) + _linear(projection, -x))[0] / 2
     weight = _linear(projection, torch.eye(hidden, dtype=dtype, device=device)).T - bias[:, None]
+    scale, offset = _norm(ancestry.block, NORMS, hidden)
+    if offset is not None:
+        bias = bias + weight @ offset
     q, k = num_heads * head_size, num_kv_heads * head_size
     has_bias = bool(bias.abs().sum() > 0)
-    block = ancestry.block
     return Projections(
         q_weight=weight[:q],
         k_weight=weight[q : q + k],
         v_weight=weight[q + k : q + 2 * k],
         q_bias=bias[:q] if has_bias else None,
         k_bias=bias[q : q + k] if has_bias else None,
-        norm_weight=_norm(block, "input_layernorm", hidden) if block is not None else None,
-        q_norm=_norm(attention, "q_norm", head_size),
-        k_norm=_norm(attention, "k_norm", head_size),
-        rope_inv_freq=_inv_freq(attention, head_size),
+        norm_weight=scale,
+        q_norm=_norm(attention, ("q_norm",), head_size)[0],
+        k_norm=_norm(attention, ("k_norm",), head_size)[0],
+        rope_inv_freq=_inv_freq(attention, hf_config),
     )

@@ -87,7 +87,7 @@ def _wrap_config_check(platform: Any) -> None:
             leave_kv_scheme(vllm_config)
             engine = check_config(vllm_config)
             if engine.recipe is None:
-                log_predicted(engine.target)
+                log_predicted(engine.target, vllm_config.load_config.load_format == "dummy")
             if vllm_config.device_config.device_type != "cpu":
                 leave_sliding_windows(vllm_config)
         original(cls, vllm_config)

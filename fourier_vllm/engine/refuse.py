@@ -295,16 +295,16 @@ def check_built(layer: Any) -> None:
         )
 
 
-def no_recipe(hf_config: Any) -> ValueError:
-    """The refusal of a model that has no recipe and whose projections cannot be read."""
+def no_recipe(hf_config: Any, reason: str = "its projections cannot be read") -> ValueError:
+    """The refusal of a model that has no recipe and for which none can be predicted."""
     from fourier_vllm.calibration.model import can_be_watched
 
     if can_be_watched(hf_config):
         return ValueError(
-            f"{SUBJECT} has no recipe for this model and cannot read its projections: make one with "
+            f"{SUBJECT} has no recipe for this model and cannot predict one ({reason}): make one with "
             "`fourier-vllm calibrate` and name it in the option `recipe`."
         )
     return ValueError(
-        f"{SUBJECT} does not support this model, whose projections cannot be read and whose attention "
-        f"cannot be calibrated: {WAY_OUT}."
+        f"{SUBJECT} does not support this model, whose recipe can neither be predicted ({reason}) nor, as "
+        f"its attention cannot be calibrated, be measured: {WAY_OUT}."
     )

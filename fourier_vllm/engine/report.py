@@ -69,8 +69,13 @@ def log_capacity(vllm_config: Any, kv_cache_config: Any) -> None:
         )
 
 
-def log_predicted(target: str) -> None:
+def log_predicted(target: str, is_dummy: bool = False) -> None:
     """Log that no recipe was measured for this model, what runs instead, and what a measured one takes."""
+    if is_dummy:
+        logger.warning_once(
+            "fourier: bits are predicted from dummy weights (--load-format dummy): real ones need a recipe "
+            "of their own"
+        )
     logger.info_once(
         "fourier: no recipe has been measured for this model: bits are predicted from its weights for target "
         '%s; smaller pages of the same quality need a measured recipe: set "recipe": "own-text", or run '
