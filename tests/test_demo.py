@@ -31,6 +31,25 @@ def test_memory_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 2 * 2 * 2 * 32 * 2),
+        ({"head_dim": None}, 2 * 2 * 2 * 16 * 2),
+        ({"head_dim": None, "num_key_value_heads": None}, 2 * 2 * 4 * 16 * 2),
+        ({"dtype": "float32"}, 2 * 2 * 2 * 32 * 4),
+        ({"dtype": None}, 2 * 2 * 2 * 32 * 2),
+    ],
+)
+def test_bytes_of_any_model(tmp_path: Path, changes: dict, expected: int) -> None:
+    """Many configurations leave out what follows from the rest."""
+    config = {"model_type": "llama", "hidden_size": 64, "head_dim": 32, "dtype": "bfloat16"}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    kept = {key: value for key, value in (config | changes).items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    assert demo.plain_bytes_per_token(tmp_path) == expected
+
+
 @pytest.mark.e2e
 def test_long_text(smollm2: Path) -> None:
     from tokenizers import Tokenizer

