@@ -50,6 +50,8 @@ LLAMA = dict(
 )
 POISON = -1
 PAGE_GROUP, LOCAL_GROUP = 0, 1
+# What managers keep by request.
+BY_REQUEST = ("req_to_blocks", "num_cached_block", "_freed_until", "_prefill_tokens", "_publishers")
 
 
 def engine_config(folder: Path, model: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -389,18 +391,6 @@ class Engine:
             self.worker.poison([b.block_id for b in free if not b.is_null])
 
         self.pool.get_new_blocks, self.pool.free_blocks = get_poisoned, free_poisoned
-        preempt = self.scheduler._preempt_request
-
-        def take_back_and_preempt(request: Request, *args: Any, **kwargs: Any) -> None:
-            # vLLM publishes blocks when it schedules their tokens, and may preempt a priority victim in the
-            # same `schedule()`; stock vLLM then hits what nobody computed, see docs/troubleshooting.md.
-            for manager in self.managers:
-                blocks = manager.req_to_blocks.get(request.request_id, [])
-                uncomputed = blocks[request.num_computed_tokens // manager.block_size :]
-                self.pool.evict_blocks({b.block_id for b in uncomputed if b.block_hash})
-            preempt(request, *args, **kwargs)
-
-        self.scheduler._preempt_request = take_back_and_preempt
 
     @property
     def managers(self) -> tuple[Any, ...]:
@@ -492,5 +482,5 @@ class Engine:
         free = self.pool.get_num_free_blocks()
         assert free == self.pool.num_gpu_blocks - 1, f"{free} blocks free"
         for manager in self.managers:
-            for name in ("req_to_blocks", "num_cached_block", "_freed_until", "_prefill_tokens"):
+            for name in BY_REQUEST:
                 assert not getattr(manager, name, None), f"{type(manager).__name__}.{name} remains"

@@ -329,6 +329,22 @@ def test_only_pinned_blocks_are_cached(config, mode):
     assert cached == 330 // window.page_size + window.num_pinned_blocks
 
 
+def test_what_is_freed_before_it_is_computed_is_not_hit(config):
+    """A priority victim of the step that scheduled it; stock vLLM hits its blocks."""
+    pool = Pool(config(), WINDOWED, 400)
+    request = pool.request("a", prompt(200))
+    assert pool.advance(request, 96)
+    assert pool.manager.allocate_slots(request, 96)
+    assert hit(pool, prompt(200))[0] == 192
+    pool.free(request)
+    assert hit(pool, prompt(200))[0] == 96
+    request = pool.request("b", prompt(200, seed=1))
+    assert pool.manager.allocate_slots(request, 96)
+    pool.free(request)
+    assert hit(pool, prompt(200, seed=1)) == (0, [])
+    assert sum(b.block_hash is not None for b in pool.pool.blocks) == 96 // 32 + 1
+
+
 def test_no_hit_without_the_pinned_block(config):
     pool = Pool(config(), WINDOWED, 400)
     request = pool.request("a", prompt(200))

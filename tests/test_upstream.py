@@ -208,6 +208,7 @@ MANAGER_METHODS = {
     "allocate_new_blocks": ["request_id", "num_tokens", "num_tokens_main_model"],
     "remove_skipped_blocks": ["request_id", "processed_computed_tokens", "num_prompt_tokens"],
     "pop_blocks_for_free": ["request_id"],
+    "cache_blocks": ["request", "num_tokens"],
     "get_num_skipped_tokens": ["num_computed_tokens"],
     "find_longest_cache_hit": [
         "block_hashes",

@@ -15,10 +15,38 @@ from typing import Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import resolve_block_hashes
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
 
 
-class FourierPageManager(FullAttentionManager):
+class _ComputedOnly(SingleTypeKVCacheManager):
+    """Takes back blocks that a request published and never computes.
+
+    vLLM publishes blocks when it schedules their tokens. A priority victim may be preempted by the step that
+    scheduled it, before `num_computed_tokens` counts these tokens; nobody computes them then.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._publishers: dict[str, Any] = {}  # requests by their ids
+
+    def cache_blocks(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        self._publishers[request.request_id] = request
+        super().cache_blocks(request, *args, **kwargs)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[Any]:
+        blocks = super().pop_blocks_for_free(request_id)
+        request = self._publishers.pop(request_id, None)
+        if request is not None:
+            uncomputed = blocks[request.num_computed_tokens // self.block_size :]
+            self.block_pool.evict_blocks({b.block_id for b in uncomputed if b.block_hash})
+        return blocks
+
+
+class FourierPageManager(_ComputedOnly, FullAttentionManager):
     """One block a page; a page is hit only when it is whole."""
 
     supports_fine_grained_hash_lookup = False
@@ -27,7 +55,7 @@ class FourierPageManager(FullAttentionManager):
         return
 
 
-class FourierLocalManager(SlidingWindowManager):
+class FourierLocalManager(_ComputedOnly, SlidingWindowManager):
     """Pinned first blocks plus a sliding window of raw blocks.
 
     A prefix-cache hit takes the pages and the pinned blocks. Between the pinned blocks and the end of the
