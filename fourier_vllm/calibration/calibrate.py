@@ -239,6 +239,15 @@ def check(options: Options) -> None:
         raise ValueError(
             f"--bits must be above 0 and at most 16, found {options.bits:g}: choose about 3."
         )
+    for name, found, least, most in (
+        ("--tokens", options.tokens, 1, None),
+        ("--tensor-parallel-size", options.tensor_parallel_size, 1, None),
+        ("--local-window", options.local_window, 16, 65536),
+        ("--sink-tokens", options.sink_tokens, 0, options.page_size),
+    ):
+        if found < least or (most is not None and found > most):
+            rule = f"at least {least}" if most is None else f"from {least} to {most}"
+            raise ValueError(f"{name} must be {rule}, found {found}: leave it out for the default.")
 
 
 def check_output(path: Path) -> None:

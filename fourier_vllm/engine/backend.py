@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from fourier_vllm._text import SUBJECT
 from fourier_vllm.config import FourierConfig
-from fourier_vllm.engine import reference_path, sliding
+from fourier_vllm.engine import sliding
 from fourier_vllm.engine.local_cache import SUFFIX, FourierLocalBackend, FourierLocalCache
 from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
 from fourier_vllm.engine.model_weights import Ancestry, UnreadableError, can_read, read_projections
@@ -40,7 +40,6 @@ from fourier_vllm.engine.refuse import (
     no_recipe,
 )
 from fourier_vllm.engine.specs import FourierLocalSpec, FourierPageSpec
-from fourier_vllm.kernels.cpu import decode as decode_cpu
 from fourier_vllm.kernels.reference import PageCodec
 from fourier_vllm.page import PAGE_ALIGNMENT
 
@@ -193,8 +192,12 @@ class FourierImpl(AttentionImpl):
             for table, tensor in self.gpu.tables.by_name().items():
                 layer.register_buffer(f"fourier_{table}", tensor, persistent=False)
         else:
-            self.codec = PageCodec(self.layout, dtype, device)
-            decode_cpu.warm_up(self.codec, dtype)
+            # Imports numba, which machines with a GPU do not need.
+            from fourier_vllm.engine.reference_path import run_step
+            from fourier_vllm.kernels.cpu.decode import warm_up
+
+            self.codec, self._run_step = PageCodec(self.layout, dtype, device), run_step
+            warm_up(self.codec, dtype)
         self.local = FourierLocalCache(layer, self._local_spec(layer, engine, pages_bytes))
         self.local_name = name + SUFFIX
         layers[self.local_name] = self.local
@@ -214,7 +217,10 @@ class FourierImpl(AttentionImpl):
 
     def _gpu_path(self, dtype: torch.dtype, device: torch.device) -> GpuPath:
         # Imports Triton, which machines without a GPU do not need.
+        from fourier_vllm.engine import triton_cache
         from fourier_vllm.engine.gpu_path import GpuPath
+
+        triton_cache.settle()
 
         config = self.vllm_config
         return GpuPath(
@@ -304,5 +310,5 @@ class FourierImpl(AttentionImpl):
             self.gpu.run(step)
         else:
             plan = attn_metadata.plan(local_metadata, self.window)
-            reference_path.run_step(self.codec, plan, step, self.scale, self.window.sink_tokens)
+            self._run_step(self.codec, plan, step, self.scale, self.window.sink_tokens)
         return output

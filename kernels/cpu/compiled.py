@@ -7,13 +7,13 @@ numba's cache notices a change of the file a function is in, not of what the fun
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from fourier_vllm.kernels.cpu.disk_cache import jit as cached
 from fourier_vllm.kernels.cpu.layout import BFLOAT16, FLOAT16, FLOAT32, Channel, Row, Token, Views
 
 BEYOND_FP16 = np.float32(2.0**16).view(np.uint32)
 
-jit = njit(cache=True, nogil=True, fastmath={"nsz", "arcp", "contract", "afn", "reassoc"})
+jit = cached(fastmath={"nsz", "arcp", "contract", "afn", "reassoc"})
 
 
 @jit
@@ -287,7 +287,7 @@ def _load_blocks(
         load(local, block[b] * local.stride + start * itemsize, count, kind, part)
 
 
-@njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
+@cached(fastmath={"nnan", "nsz"})
 def _largest(s: np.ndarray) -> np.float32:
     top = s[0]
     for t in range(len(s)):
