@@ -45,7 +45,9 @@ def run(options: Options) -> int:
     name = f"fourier-{uuid4().hex[:8]}"
     try:
         _start(_application(options, engine, share), name)
-        print(f"serving at http://{options.host}:{options.port}/v1 until Ctrl-C ({name})", flush=True)
+        print(
+            f"serving at http://{options.host}:{options.port}/v1 until Ctrl-C ({name})", flush=True
+        )
         with suppress(KeyboardInterrupt):
             signal.pause()
     finally:
