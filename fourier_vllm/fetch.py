@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -54,7 +55,10 @@ def cache_dir() -> Path:
     if chosen := os.environ.get("FOURIER_CACHE"):
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "fourier-vllm"
+    try:
+        return Path(base).expanduser() / "fourier-vllm"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"fourier-vllm-{os.getuid()}"
 
 
 def fetch(

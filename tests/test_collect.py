@@ -540,6 +540,23 @@ def test_bits_that_make_no_sense(folder, capsys, bits):
     )
 
 
+@pytest.mark.parametrize(
+    ("option", "found"),
+    [
+        ("--tokens", "0"),
+        ("--local-window", "0"),
+        ("--local-window", "-16"),
+        ("--sink-tokens", "-1"),
+        ("--sink-tokens", "129"),
+        ("--tensor-parallel-size", "0"),
+    ],
+)
+def test_counts_that_make_no_sense(capsys, option, found):
+    """Refused before a model is looked for."""
+    assert cli.main(["calibrate", "no-such-model", option, found]) == 1
+    assert capsys.readouterr().err.startswith(f"fourier-vllm calibrate: {option} must be ")
+
+
 def test_bits_instead_of_a_target(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     assert calibrate(folder, "--bits", "3", target="quality") == 1

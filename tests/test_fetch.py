@@ -224,3 +224,10 @@ def test_real_model(smollm2: Path) -> None:
     ids = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0]
     answer = tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer == "The capital of France is Paris."
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FOURIER_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert cache_dir().parent.is_dir()
