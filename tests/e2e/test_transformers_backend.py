@@ -21,5 +21,8 @@ def test_recipe_of_the_model(results):
     assert results["llama recipe"] == results["llama stock"]
 
 
-def test_recipe_from_the_weights(results):
-    assert results["llama derived"] != results["llama stock"]
+def test_no_recipe_is_predicted(results):
+    """RoPE's angles are in transformers' model, where the prediction does not look: it says so."""
+    refusal = results["llama predicted"]
+    assert "cannot predict one (its layers hold no table of RoPE's angles)" in refusal
+    assert "make one with `fourier-vllm calibrate`" in refusal
