@@ -11,9 +11,10 @@ import pytest
 from fourier_vllm.evaluation import engine_run
 from fourier_vllm.evaluation.evaluate import evaluate, run
 from fourier_vllm.evaluation.options import Options
-from fourier_vllm.recipe import ModelFingerprint, target_recipe
+from fourier_vllm.recipe import ModelFingerprint, find_bundled, target_recipe
 
 TASKS = "fourier_vllm.evaluation.tasks"
+WINDOW = 16  # the smallest
 SMOLLM2 = ModelFingerprint(
     architecture="LlamaForCausalLM",
     num_layers=30,
@@ -27,15 +28,25 @@ SMOLLM2 = ModelFingerprint(
 def test_engine_and_codec_agree(
     smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """In float32, with a prompt in one chunk, both ways prefill exactly and read the same pages."""
+    """In float32, with a prompt in one chunk, both ways prefill exactly and read the same pages.
+
+    A prefix hit reads every whole page, and the codec in the loop all that ends before the local window: with
+    the smallest window, and as many tokens behind the last page, these are the same.
+    """
     monkeypatch.setattr(engine_run, "DTYPE", "float32")
     monkeypatch.setattr(sys.modules[f"{TASKS}.agreement"], "GENERATED_TOKENS", 48)
     monkeypatch.setattr(sys.modules[f"{TASKS}.nll"], "SCORED_TOKENS", 128)
-    target_recipe(SMOLLM2, "lossless").save(tmp_path / "lossless.json")
-    common = dict(targets=["balanced"], context=1536, documents=1, questions=2)
+    recipes = {
+        "lossless": target_recipe(SMOLLM2, "lossless"),
+        "balanced": find_bundled(SMOLLM2, "balanced"),
+    }
+    for name, recipe in recipes.items():
+        recipe.model_copy(update={"local_window": WINDOW}).save(tmp_path / f"{name}.json")
+    files = [tmp_path / f"{name}.json" for name in recipes]
+    common = dict(context=1536 + WINDOW, documents=1, questions=2)
     options = Options(
         str(smollm2),
-        recipes=[tmp_path / "lossless.json"],
+        recipes=files,
         tasks=["nll", "multikey", "agreement"],
         out=tmp_path / "engine",
         engine=True,
@@ -57,7 +68,14 @@ def test_engine_and_codec_agree(
 
     (tmp_path / "codec").mkdir()
     codec = evaluate(
-        Options(str(smollm2), tasks=["nll"], compare=["none"], out=tmp_path / "codec", **common)
+        Options(
+            str(smollm2),
+            recipes=files[1:],
+            tasks=["nll"],
+            compare=["none"],
+            out=tmp_path / "codec",
+            **common,
+        )
     )
     for row in codec["rows"]:
         assert rows[row["name"]]["bits"] == pytest.approx(row["bits"])
