@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from triton.runtime.cache import RemoteCacheManager, get_cache_manager
 
 SCRIPT = """
 import logging; logging.basicConfig()
@@ -111,3 +113,56 @@ def test_triton_keeps_its_kernels_somewhere(tmp_path, monkeypatch, place):
     assert (knobs.cache.dir == str(tmp_path / folder)) == (place == "free")
     assert len(said) == (place != "free")
     assert all("set TRITON_CACHE_DIR" in line for line in said)
+
+
+KERNEL = {"k.json": b'{"name": "k"}', "k.ptx": b"// ptx", "k.cubin": None, "k.so": None}
+
+
+@pytest.fixture
+def triton_files(tmp_path, monkeypatch):
+    """A folder of Triton's cache with one kernel, and the manager that reads it."""
+    from triton import knobs
+
+    from fourier_vllm.engine import triton_cache
+
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(knobs.cache, "manager_class", None)
+    triton_cache.settle()
+    library = Path(sys.executable).read_bytes()  # an ELF file
+    cache = get_cache_manager("c0ffee")
+    assert type(cache) is triton_cache.SoundFiles
+    paths = {name: cache.put(data or library, name) for name, data in KERNEL.items()}
+    cache.put_group("k.json", paths)
+    assert cache.get_group("k.json") == paths
+    assert cache.get_file("k.so") == paths["k.so"]
+    return cache, paths
+
+
+@pytest.mark.parametrize("name", [*KERNEL, "__grp__k.json"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "another shape"])
+def test_triton_passes_damaged_files_over(triton_files, name, damage):
+    """A kernel whose metadata or code was cut off is compiled again; Triton's own cache loads it."""
+    cache, paths = triton_files
+    file = Path(paths["k.json"]).with_name(name)
+    whole = file.read_bytes()
+    shapes = {
+        "truncated": whole[: len(whole) * 9 // 10],
+        "empty": b"",
+        "garbage": b"\x00\xff{" * 99,
+    }
+    file.write_bytes(shapes.get(damage, b'["a", "list"]'))
+    if name.endswith(".ptx") and damage != "empty":  # never loaded where there is a cubin
+        assert cache.get_group("k.json") == paths
+        return
+    assert cache.get_group("k.json") is None
+    assert name != "k.so" or cache.get_file(name) is None
+
+
+def test_a_cache_manager_that_the_user_chose_stays(monkeypatch):
+    from triton import knobs
+
+    from fourier_vllm.engine import triton_cache
+
+    monkeypatch.setattr(knobs.cache, "manager_class", RemoteCacheManager)
+    triton_cache.settle()
+    assert knobs.cache.manager_class is RemoteCacheManager

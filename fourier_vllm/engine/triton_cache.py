@@ -1,20 +1,31 @@
-"""Where Triton keeps what it compiles."""
+"""Triton's cache on disk: a folder or a file that cannot be used costs a compilation, nothing else."""
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 import tempfile
 from pathlib import Path
 
+from triton import knobs
+from triton.runtime.cache import FileCacheManager
 from vllm.logger import init_logger
 
 logger = init_logger("vllm.fourier_vllm")
 
+# magic, class, e_phoff, e_shoff, e_phentsize, e_phnum, e_shentsize, e_shnum
+ELF_HEADER = struct.Struct("<4sB27xQQ6xHHHH2x")
+ELF_64 = (b"\x7fELF", 2)
+
 
 def settle() -> None:
-    """Give Triton a temporary folder where its own cannot be written; it would end the first launch."""
-    from triton import knobs
+    """Give Triton a folder that can be written, and a cache that passes damaged files over.
 
+    Triton by itself would end the first launch, or load a kernel that was cut off.
+    """
+    if knobs.cache.manager_class is None:
+        knobs.cache.manager_class = SoundFiles
     folder = Path(knobs.cache.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,3 +39,34 @@ def settle() -> None:
             folder,
             error.strerror,
         )
+
+
+class SoundFiles(FileCacheManager):
+    """Triton's cache on disk, in which a damaged file is one that is not there."""
+
+    def get_file(self, filename: str) -> str | None:
+        path = super().get_file(filename)
+        return path if path is not None and sound(Path(path)) else None
+
+    def get_group(self, filename: str) -> dict[str, str] | None:
+        try:
+            group = super().get_group(filename)
+        except Exception:  # JSON of another shape
+            return None
+        return group if group and all(sound(Path(path)) for path in group.values()) else None
+
+
+def sound(path: Path) -> bool:
+    """Whether a file of the cache is whole, as far as its kind tells."""
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".json":
+            return isinstance(json.loads(data), dict)
+        if path.suffix in (".cubin", ".so"):
+            fields = ELF_HEADER.unpack_from(data)
+            programs, sections, *sizes = fields[2:]
+            ends = (programs + sizes[0] * sizes[1], sections + sizes[2] * sizes[3])
+            return fields[:2] == ELF_64 and max(ends) <= len(data)
+        return len(data) > 0
+    except (OSError, ValueError, struct.error):
+        return False
