@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--out", default=str(ROOT / "benchmarks/results/decode_cpu.json"))
     args = parser.parse_args()
     if args.model is None:
-        from fourier_vllm.fetch import fetch
+        from fourier_vllm.demo.fetch import fetch
 
         args.model = str(fetch("smollm2"))
     rows = []

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from fourier_vllm.calibration.model import fingerprint_of, full_attention_layers, load
-from fourier_vllm.evaluation.loop import CHARS_A_TOKEN, through_pages
+from fourier_vllm.calibration.hf_model import fingerprint_of, full_attention_layers, load
+from fourier_vllm.demo.fetch import fetch
+from fourier_vllm.evaluation.held_out import CHARS_A_TOKEN, through_pages
 from fourier_vllm.evaluation.machine import commit, machine, versions
 from fourier_vllm.evaluation.text import documents
-from fourier_vllm.fetch import fetch
-from fourier_vllm.inspection import layouts
 from fourier_vllm.recipe import find_bundled
+from fourier_vllm.recipe.describe import layouts
 
 ROOT = Path(__file__).resolve().parent.parent
 SPANS = ((0, 16), (16, 64), (64, 256))  # tokens of the turn

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 from turboquant import turboquant
 
-from fourier_vllm.calibration.allocate import allocate_bits, page_budget
+from fourier_vllm.calibration.allocate_layer import allocate_bits, page_budget
 from fourier_vllm.evaluation.machine import commit, machine, versions
-from fourier_vllm.kernels import decode, decode_raw, reduce, seal
-from fourier_vllm.kernels.batch import Batch, Tokens
-from fourier_vllm.kernels.query_columns import query_columns
-from fourier_vllm.kernels.split import num_splits
-from fourier_vllm.kernels.tables import Tables
+from fourier_vllm.kernels.gpu import decode, decode_raw, seal
+from fourier_vllm.kernels.gpu import join as reduce
+from fourier_vllm.kernels.gpu.query_columns import query_columns
+from fourier_vllm.kernels.gpu.split import num_splits
+from fourier_vllm.kernels.gpu.step import Batch, Tokens
+from fourier_vllm.kernels.gpu.tables import Tables
 from fourier_vllm.page import PageLayout
 
 ROOT = Path(__file__).resolve().parent.parent

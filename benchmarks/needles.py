@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--out", default=str(ROOT / "benchmarks/results/needles.json"))
     args = parser.parse_args()
     if args.model is None:
-        from fourier_vllm.fetch import fetch
+        from fourier_vllm.demo.fetch import fetch
 
         args.model = str(fetch("smollm2"))
     runs: list[tuple[str, dict[str, Any] | None]] = [] if args.no_stock else [("stock", None)]

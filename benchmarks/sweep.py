@@ -22,18 +22,18 @@ import torch
 from pages import put
 from torch import Tensor
 
+from fourier_vllm.calibration import allocate_model as spending
 from fourier_vllm.calibration import collect as collecting
-from fourier_vllm.calibration import spend as spending
 from fourier_vllm.calibration import statistics
 from fourier_vllm.calibration.calibrate import Options, measured_recipe
-from fourier_vllm.calibration.model import fingerprint_of, load, model_name
+from fourier_vllm.calibration.hf_model import fingerprint_of, load, model_name
 from fourier_vllm.calibration.text import cut, read_text
-from fourier_vllm.evaluation import loop
+from fourier_vllm.evaluation import held_out as loop
 from fourier_vllm.evaluation.machine import commit, machine, versions
 from fourier_vllm.evaluation.text import MODULES, manual
-from fourier_vllm.inspection import ratio_of
-from fourier_vllm.kernels import codecs
+from fourier_vllm.kernels.reference import codecs
 from fourier_vllm.recipe import TARGETS, Provenance, Recipe
+from fourier_vllm.recipe.describe import ratio_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (
@@ -284,7 +284,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.table:
         if args.model is None:
-            from fourier_vllm.fetch import fetch
+            from fourier_vllm.demo.fetch import fetch
 
             args.model = str(fetch("smollm2"))
         run(args)

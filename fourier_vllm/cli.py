@@ -77,7 +77,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _add_fetch(commands: Commands) -> None:
-    from fourier_vllm.fetch import MODELS, SOURCES
+    from fourier_vllm.demo.fetch import MODELS, SOURCES
 
     text = "bring a small model as a Hugging Face folder; prints the folder"
     parser = commands.add_parser("fetch", help=text, description=text)
@@ -94,7 +94,7 @@ def _add_fetch(commands: Commands) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    from fourier_vllm.fetch import fetch
+    from fourier_vllm.demo.fetch import fetch
 
     print(fetch(args.model, args.output, args.source, args.verify))
     return 0
@@ -120,7 +120,7 @@ def _add_demo(commands: Commands) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from fourier_vllm.demo import Options, run
+    from fourier_vllm.demo.run import Options, run
 
     return run(
         Options(
@@ -225,13 +225,13 @@ def _add_inspect(commands: Commands) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from fourier_vllm.inspection import describe
     from fourier_vllm.recipe import Recipe
+    from fourier_vllm.recipe.describe import describe
 
     recipe = Recipe.load(args.recipe)
     print(describe(recipe))
     if args.plot is not None:
-        from fourier_vllm.inspection_plot import plot
+        from fourier_vllm.recipe.plot import plot
 
         plot(recipe, args.plot)
     return 0

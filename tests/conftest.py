@@ -34,6 +34,6 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of SmolLM2-135M-Instruct, downloaded once into the user's cache."""
-    from fourier_vllm.fetch import fetch
+    from fourier_vllm.demo.fetch import fetch
 
     return fetch("smollm2")

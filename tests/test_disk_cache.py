@@ -91,7 +91,7 @@ def test_a_good_cache_is_used(run, tmp_path):
 def test_no_numba_on_a_gpu():
     """What an engine on a GPU imports."""
     code = (
-        "import sys, fourier_vllm.engine.backend, fourier_vllm.engine.gpu_path\n"
+        "import sys, fourier_vllm.engine.backend, fourier_vllm.engine.gpu.path\n"
         "assert 'numba' not in sys.modules, 'numba was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -101,7 +101,7 @@ def test_no_numba_on_a_gpu():
 def test_triton_keeps_its_kernels_somewhere(tmp_path, monkeypatch, place):
     from triton import knobs
 
-    from fourier_vllm.engine import triton_cache
+    from fourier_vllm.engine.gpu import triton_cache
 
     said: list[str] = []
     monkeypatch.setattr(triton_cache.logger, "warning_once", lambda line, *_: said.append(line))
@@ -123,7 +123,7 @@ def triton_files(tmp_path, monkeypatch):
     """A folder of Triton's cache with one kernel, and the manager that reads it."""
     from triton import knobs
 
-    from fourier_vllm.engine import triton_cache
+    from fourier_vllm.engine.gpu import triton_cache
 
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(knobs.cache, "manager_class", None)
@@ -161,7 +161,7 @@ def test_triton_passes_damaged_files_over(triton_files, name, damage):
 def test_a_cache_manager_that_the_user_chose_stays(monkeypatch):
     from triton import knobs
 
-    from fourier_vllm.engine import triton_cache
+    from fourier_vllm.engine.gpu import triton_cache
 
     monkeypatch.setattr(knobs.cache, "manager_class", RemoteCacheManager)
     triton_cache.settle()

@@ -15,15 +15,20 @@ from torch import Tensor
 from fourier_vllm._json import RecipeError
 from fourier_vllm._text import show
 from fourier_vllm.calibration import own_text
+from fourier_vllm.calibration.allocate_model import Pages, check_budget, spend
 from fourier_vllm.calibration.collect import collect
 from fourier_vllm.calibration.dataset import DEFAULT_COLUMN, find_dataset, read_dataset
-from fourier_vllm.calibration.model import digest_of, fingerprint_of, load, max_tokens, model_name
+from fourier_vllm.calibration.hf_model import (
+    digest_of,
+    fingerprint_of,
+    load,
+    max_tokens,
+    model_name,
+)
+from fourier_vllm.calibration.predict import weight_recipe
 from fourier_vllm.calibration.progress import Progress
-from fourier_vllm.calibration.spend import Pages, check_budget, spend
 from fourier_vllm.calibration.statistics import LayerStatistics
 from fourier_vllm.calibration.text import DOCUMENT_TOKENS, MAX_BYTES, cut, read_text
-from fourier_vllm.calibration.weights import weight_recipe
-from fourier_vllm.inspection import ratio_of
 from fourier_vllm.recipe import (
     DEFAULT_LOCAL_WINDOW,
     DEFAULT_PAGE_SIZE,
@@ -34,6 +39,7 @@ from fourier_vllm.recipe import (
     Provenance,
     Recipe,
 )
+from fourier_vllm.recipe.describe import ratio_of
 
 CHARS_A_TOKEN = 8  # read from a dataset; most tokenizers and languages need half of it
 
@@ -129,7 +135,7 @@ def calibrate(options: Options, progress: Path) -> Recipe:
     recipe = measured_recipe(fingerprint, statistics, options, provenance)
     if not options.check:
         return recipe
-    from fourier_vllm.evaluation.loop import held_out
+    from fourier_vllm.evaluation.held_out import held_out
 
     exact, (loss,) = held_out(model, tokenizer, [recipe])
     measured = {"kl": round(loss.kl, 5), "nll": round(loss.nll - exact, 5)}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fourier_vllm.calibration.model import full_attention_layers
+from fourier_vllm.calibration.hf_model import full_attention_layers
 from fourier_vllm.calibration.statistics import LayerStatistics, Sums
 from fourier_vllm.recipe import DEFAULT_LOCAL_WINDOW, DEFAULT_PAGE_SIZE, DEFAULT_SINK_TOKENS
 

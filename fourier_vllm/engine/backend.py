@@ -18,12 +18,13 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from fourier_vllm._text import SUBJECT
 from fourier_vllm.config import FourierConfig
-from fourier_vllm.engine import sliding
-from fourier_vllm.engine.local_cache import SUFFIX, FourierLocalBackend, FourierLocalCache
+from fourier_vllm.engine.cache.local_cache import SUFFIX, FourierLocalBackend, FourierLocalCache
+from fourier_vllm.engine.cache.specs import FourierLocalSpec, FourierPageSpec
+from fourier_vllm.engine.cpu import sliding
 from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
 from fourier_vllm.engine.model_weights import Ancestry, UnreadableError, can_read, read_projections
 from fourier_vllm.engine.platform import NAME
-from fourier_vllm.engine.recipes import (
+from fourier_vllm.engine.recipe_choice import (
     compressed_layers,
     engine_recipe,
     id_bytes,
@@ -39,13 +40,12 @@ from fourier_vllm.engine.refuse import (
     check_shape,
     no_recipe,
 )
-from fourier_vllm.engine.specs import FourierLocalSpec, FourierPageSpec
-from fourier_vllm.kernels.reference import PageCodec
+from fourier_vllm.kernels.reference.codec import PageCodec
 from fourier_vllm.page import PAGE_ALIGNMENT
 
 if TYPE_CHECKING:
-    from fourier_vllm.engine.gpu_path import GpuPath
-    from fourier_vllm.engine.prompt_attention import PromptAttention
+    from fourier_vllm.engine.gpu.path import GpuPath
+    from fourier_vllm.engine.gpu.prompt_attention import PromptAttention
 
 logger = init_logger("vllm.fourier_vllm")
 
@@ -193,7 +193,7 @@ class FourierImpl(AttentionImpl):
                 layer.register_buffer(f"fourier_{table}", tensor, persistent=False)
         else:
             # Imports numba, which machines with a GPU do not need.
-            from fourier_vllm.engine.reference_path import run_step
+            from fourier_vllm.engine.cpu.path import run_step
             from fourier_vllm.kernels.cpu.decode import warm_up
 
             self.codec, self._run_step = PageCodec(self.layout, dtype, device), run_step
@@ -209,7 +209,7 @@ class FourierImpl(AttentionImpl):
         return device.type != "cpu"
 
     def _prompt_attention(self, device: torch.device) -> PromptAttention:
-        from fourier_vllm.engine.prompt_attention import choose
+        from fourier_vllm.engine.gpu.prompt_attention import choose
 
         name = FourierConfig.from_engine(self.vllm_config).prompt_attention
         dtype = self.vllm_config.model_config.dtype
@@ -217,8 +217,8 @@ class FourierImpl(AttentionImpl):
 
     def _gpu_path(self, dtype: torch.dtype, device: torch.device) -> GpuPath:
         # Imports Triton, which machines without a GPU do not need.
-        from fourier_vllm.engine import triton_cache
-        from fourier_vllm.engine.gpu_path import GpuPath
+        from fourier_vllm.engine.gpu import triton_cache
+        from fourier_vllm.engine.gpu.path import GpuPath
 
         triton_cache.settle()
 

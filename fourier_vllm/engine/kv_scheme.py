@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fourier_vllm.engine.report import logger
+from fourier_vllm.engine.start_log import logger
 
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 

@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
 )
 
-from fourier_vllm.engine.plan import StepPlan, Window, make_plan
+from fourier_vllm.engine.cpu.plan import StepPlan, Window, make_plan
 
 MADE = "_fourier_metadata"
 Plan = TypeVar("Plan")

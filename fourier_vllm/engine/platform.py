@@ -5,8 +5,8 @@ every selection but CPU_ATTN), `check_and_update_config` of the platform in use 
 is refused in the user's own process, before anything is spawned or loaded), and the CPU platform's
 `register_triton_kernel_overrides` (it looks into every loaded module and stumbles over one of numba's).
 `patches/` has the other places where vLLM has no hook.
-All pass straight through unless FOURIER is selected or numba is loaded; tests/test_upstream.py fails when
-upstream moves.
+All pass straight through unless FOURIER is selected or numba is loaded; tests/engine/test_upstream.py fails
+when upstream moves.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def leave_sliding_windows(vllm_config: Any) -> None:
 
     There is nothing to compress in those: vLLM chooses their backend as if FOURIER were not there.
     """
-    from fourier_vllm.engine.recipes import compressed_layers
+    from fourier_vllm.engine.recipe_choice import compressed_layers
 
     attention, model = vllm_config.attention_config, vllm_config.model_config
     if attention.backend is not member():
@@ -81,7 +81,7 @@ def _wrap_config_check(platform: Any) -> None:
             from fourier_vllm.engine.kv_scheme import leave_kv_scheme
             from fourier_vllm.engine.patches import engine_startup
             from fourier_vllm.engine.refuse import check_config
-            from fourier_vllm.engine.report import log_predicted
+            from fourier_vllm.engine.start_log import log_predicted
 
             engine_startup.listen()
             leave_kv_scheme(vllm_config)

@@ -14,7 +14,7 @@ from fourier_vllm.config import FourierConfig
 from fourier_vllm.engine.platform import member
 
 if TYPE_CHECKING:
-    from fourier_vllm.engine.recipes import EngineRecipe
+    from fourier_vllm.engine.recipe_choice import EngineRecipe
 
 SUPPORTED_VLLM = (Version("0.32"), Version("0.34"))
 WAY_OUT = "leave out --attention-backend fourier for this model"
@@ -52,7 +52,7 @@ def check_config(vllm_config: Any) -> EngineRecipe:
         The first problem found, in a sentence that begins with the backend's name.
     """
     from fourier_vllm.engine import own_recipe
-    from fourier_vllm.engine.recipes import engine_recipe
+    from fourier_vllm.engine.recipe_choice import engine_recipe
 
     check_vllm_version()
     for problem, way_out in _problems(vllm_config):
@@ -297,7 +297,7 @@ def check_built(layer: Any) -> None:
 
 def no_recipe(hf_config: Any, reason: str = "its projections cannot be read") -> ValueError:
     """The refusal of a model that has no recipe and for which none can be predicted."""
-    from fourier_vllm.calibration.model import can_be_watched
+    from fourier_vllm.calibration.hf_model import can_be_watched
 
     if can_be_watched(hf_config):
         return ValueError(

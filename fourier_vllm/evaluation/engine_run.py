@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fourier_vllm.calibration.model import load_tokenizer
+from fourier_vllm.calibration.hf_model import load_tokenizer
 from fourier_vllm.evaluation import results
 from fourier_vllm.evaluation.choose import Span
 from fourier_vllm.evaluation.contexts import BEHIND_TOKENS
@@ -44,7 +44,7 @@ def evaluate_engine(options: Options) -> dict[str, Any]:
     ValueError
         Model, recipes, text or context do not fit each other, or vLLM cannot run them.
     """
-    from fourier_vllm.engine.recipes import fingerprint_of
+    from fourier_vllm.engine.recipe_choice import fingerprint_of
 
     tokenizer = load_tokenizer(options.model)
     longest = options.context + BEHIND_TOKENS

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from fourier_vllm._text import show
-from fourier_vllm.calibration.model import (
+from fourier_vllm.calibration.hf_model import (
     fingerprint_of,
     full_attention_layers,
     load,

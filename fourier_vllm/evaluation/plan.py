@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fourier_vllm.calibration.model import model_name
+from fourier_vllm.calibration.hf_model import model_name
 from fourier_vllm.evaluation import results
 from fourier_vllm.evaluation.choose import Span, choose_formats, span_of
 from fourier_vllm.evaluation.contexts import BEHIND_TOKENS, contexts, read_documents

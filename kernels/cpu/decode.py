@@ -15,7 +15,7 @@ import torch
 
 from fourier_vllm.kernels.cpu.compiled import attend
 from fourier_vllm.kernels.cpu.layout import KINDS, numbers, views_of
-from fourier_vllm.kernels.reference import PageCodec
+from fourier_vllm.kernels.reference.codec import PageCodec
 
 CORES = os.sched_getaffinity(0)
 MIN_ITEMS = 4  # of a thread: starting one costs about as much as a short item

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fourier_vllm.kernels.basis import dct_basis
-from fourier_vllm.kernels.reference import PageCodec
+from fourier_vllm.kernels.reference.codec import PageCodec
 from fourier_vllm.page import ChannelPlanes, PageLayout, TokenPlanes, head_starts
 
 FLOAT32, FLOAT16, BFLOAT16 = range(3)

@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory):
     """Maker of toy models: `toy("llama")` is a folder."""
-    from tests.e2e.toys import make_toy
+    from tests.support.toys import make_toy
 
     folder = tmp_path_factory.mktemp("toys")
     return lambda family="llama": make_toy(folder, family)
@@ -33,7 +33,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def run_apart(root: Path):
-    """Runs a module in a process of its own: `run_apart("tests.e2e.images", folder)` is what it prints."""
+    """Runs a module in a process: `run_apart("tests.support.images", folder)` is what it prints."""
 
     def run(module: str, argument: Path, *path: Path):
         result = subprocess.run(

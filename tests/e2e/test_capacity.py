@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.e2e.engine import count_preemptions, engine, generate, prompts, tokens
+from tests.support.engine import count_preemptions, engine, generate, prompts, tokens
 
 LENGTH, DECODED = 512, 70
 

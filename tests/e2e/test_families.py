@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from fourier_vllm import cli
-from fourier_vllm.calibration.model import fingerprint_of, full_attention_layers, load
+from fourier_vllm.calibration.hf_model import fingerprint_of, full_attention_layers, load
 from fourier_vllm.evaluation.formats.fourier import Fourier
 from fourier_vllm.evaluation.session import CodecSession, hold, prefill
 from fourier_vllm.recipe import Recipe
-from tests.e2e.engine import engine, generate, prompts
-from tests.e2e.toys import add_tokenizer
+from tests.support.engine import engine, generate, prompts
+from tests.support.toys import add_tokenizer
 
 W, S, L = 32, 16, 48
 # While the answer grows, the pages are the first eight: no other one is sealed before token 336.

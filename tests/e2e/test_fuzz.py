@@ -2,7 +2,8 @@
 
 Stock answers all requests once, without a prefix cache. Every round is an engine with options of its own that
 gets some of the requests at any time, with priorities, aborts and parallel sampling, in a pool of any size.
-vLLM on CPU schedules one step at a time; `tests/test_fuzz_scheduler.py` has up to three in flight.
+vLLM on CPU schedules one step at a time; `tests/engine/cache/test_fuzz_scheduler.py` has up to three in
+flight.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from fourier_vllm.engine.managers import FourierLocalManager
-from fourier_vllm.engine.plan import Window
-from fourier_vllm.engine.specs import FourierLocalSpec
-from tests import fuzzing
-from tests.e2e.engine import blocks_held, engine, gather_like_v33, poison_free_blocks
-from tests.e2e.toys import VOCAB_SIZE
-from tests.scheduling import local_spec
+from fourier_vllm.engine.cache.managers import FourierLocalManager
+from fourier_vllm.engine.cache.specs import FourierLocalSpec
+from fourier_vllm.engine.cpu.plan import Window
+from tests.support import fuzzing
+from tests.support.engine import blocks_held, engine, gather_like_v33, poison_free_blocks
+from tests.support.scheduling import local_spec
+from tests.support.toys import VOCAB_SIZE
 
 SECONDS = 60
 PAGE_SIZE, MAX_MODEL_LEN, ANSWER = 32, 640, 80

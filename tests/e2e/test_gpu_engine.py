@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fourier_vllm.engine.prompt_attention import xformers_problem
-from tests.e2e.engine import (
+from fourier_vllm.engine.gpu.prompt_attention import xformers_problem
+from tests.support.engine import (
     KERNELS_LOSSLESS,
     blocks_held_after_abort,
     conversation,
@@ -107,7 +107,7 @@ def test_samples_and_abort(toy, same):
 @pytest.mark.parametrize("early", [0, 112])
 def test_free_blocks_are_never_read(toy, stock, monkeypatch, early):
     """And a negative control: freed `early` tokens before their time, they are."""
-    from fourier_vllm.engine.managers import FourierLocalManager
+    from fourier_vllm.engine.cache.managers import FourierLocalManager
 
     original = FourierLocalManager._first_kept
     monkeypatch.setattr(

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.engine import KERNELS_LOSSLESS, conversation, digest, engine, sleep_and_reload
 from tests.e2e.test_gpu_engine import GPU, GRAPHS
+from tests.support.engine import KERNELS_LOSSLESS, conversation, digest, engine, sleep_and_reload
 
 pytestmark = pytest.mark.gpu
 BALANCED = KERNELS_LOSSLESS | {"target": "balanced"}

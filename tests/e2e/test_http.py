@@ -8,9 +8,9 @@ import re
 import pytest
 import requests
 
+from fourier_vllm.demo.server import Server
 from fourier_vllm.evaluation.text import documents
-from fourier_vllm.server import Server
-from tests.openai_client import openai_client
+from tests.support.openai_client import openai_client
 
 NEEDLE = "IMPORTANT: the secret password is 'bluebird'."
 QUESTION = "What is the secret password?"

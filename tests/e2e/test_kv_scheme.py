@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.engine import LOSSLESS, engine, generate, prompts, tokens
-from tests.test_kv_scheme import FORMATS
+from tests.engine.test_kv_scheme import FORMATS
+from tests.support.engine import LOSSLESS, engine, generate, prompts, tokens
 
 SCALE = 7.0  # applied anywhere, it would change every token
 DTYPE = dict(dtype="bfloat16")

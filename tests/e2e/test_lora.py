@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.engine import LOSSLESS, engine, prompts
+from tests.support.engine import LOSSLESS, engine, prompts
 
 RANK = 8
 # vLLM 0.32 on a CPU gives requests without an adapter the last slot's in a mixed batch: leave it empty.

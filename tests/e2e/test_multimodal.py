@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from tests.e2e.images import IMAGE_TOKENS, PAGE, TEXT
+from tests.support.images import IMAGE_TOKENS, PAGE, TEXT
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,7 @@ def results(root, run_apart, tmp_path_factory):
     """Answers of stock attention, of lossless pages and of pages derived from the weights."""
     there = importlib.util.find_spec("torchvision") is not None
     path = [] if there else [root / "tests/e2e/stand_ins"]
-    return run_apart("tests.e2e.images", tmp_path_factory.mktemp("images"), *path)
+    return run_apart("tests.support.images", tmp_path_factory.mktemp("images"), *path)
 
 
 def test_tokens_and_hits_equal_stock(results):

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fourier_vllm.engine import own_recipe
 from fourier_vllm.recipe import Recipe
-from tests.e2e.engine import engine, generate, prompts, tokens
-from tests.e2e.toys import VOCAB_SIZE
+from tests.support.engine import engine, generate, prompts, tokens
+from tests.support.toys import VOCAB_SIZE
 
 FOURIER = dict(recipe="own-text", target="compact", page_size=32, local_window=48, sink_tokens=16)
 

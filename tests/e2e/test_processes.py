@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.engine import LOSSLESS, engine, generate, generate_on_replicas, prompts, tokens
+from tests.support.engine import LOSSLESS, engine, generate, generate_on_replicas, prompts, tokens
 
 # Runs in a process of its own; arguments: model, fourier options or null, further options, result file.
 SCRIPT = """
 import json, sys
-from tests.e2e.engine import engine, generate, prompts, tokens
+from tests.support.engine import engine, generate, prompts, tokens
 
 if __name__ == "__main__":
     model, fourier, options, out = sys.argv[1:]

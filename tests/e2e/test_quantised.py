@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.engine import (
+from tests.e2e.test_gpu_engine import GPU, GRAPHS
+from tests.support.engine import (
     KERNELS_LOSSLESS,
     LOSSLESS,
     assert_same_but_for_ties,
@@ -20,8 +21,7 @@ from tests.e2e.engine import (
     prompts,
     tokens,
 )
-from tests.e2e.quantised import FORMATS, quantise
-from tests.e2e.test_gpu_engine import GPU, GRAPHS
+from tests.support.quantised import FORMATS, quantise
 
 # What 16 bits change in log-probabilities of these random models; another page changes them by more than 1.
 TIES = {"float16": 0.05, "bfloat16": 0.5}

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.scheduling import LLAMA
-from tests.test_refuse import SIZES, check_sentence
+from tests.engine.test_refuse import SIZES, check_sentence
+from tests.support.scheduling import LLAMA
 
 # No recipe, and a projection that cannot be read: only the built layer shows it, in the engine's process.
 UNREADABLE: dict[str, Any] = dict(

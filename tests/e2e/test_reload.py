@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.engine import LOSSLESS, engine, generate, prompts, tokens
+from tests.support.engine import LOSSLESS, engine, generate, prompts, tokens
 
 
 def others(folder: Path, target: Path) -> Path:

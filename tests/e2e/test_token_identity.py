@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.engine import (
+from tests.support.engine import (
     LOSSLESS,
     blocks_held_after_abort,
     conversation,
@@ -15,7 +15,7 @@ from tests.e2e.engine import (
     prompts,
     tokens,
 )
-from tests.e2e.toys import FAMILIES
+from tests.support.toys import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_free_blocks_are_never_read(toy, stock, prefill):
 
 def test_a_short_window_is_noticed(toy, stock, monkeypatch):
     """Negative control: the checks above fail when blocks are freed too early."""
-    from fourier_vllm.engine.managers import FourierLocalManager
+    from fourier_vllm.engine.cache.managers import FourierLocalManager
 
     original = FourierLocalManager._first_kept
     monkeypatch.setattr(FourierLocalManager, "_first_kept", lambda self, n: original(self, n + 48))

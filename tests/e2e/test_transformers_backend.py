@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture(scope="module")
 def results(run_apart, tmp_path_factory):
     """Tokens by family and recipe."""
-    return run_apart("tests.e2e.through_transformers", tmp_path_factory.mktemp("toys"))
+    return run_apart("tests.support.through_transformers", tmp_path_factory.mktemp("toys"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -10,7 +10,7 @@ import torch
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from tests.e2e.engine import (
+from tests.support.engine import (
     KERNELS_LOSSLESS,
     engine,
     generate,
@@ -19,7 +19,7 @@ from tests.e2e.engine import (
     sleep_and_reload,
     tokens,
 )
-from tests.triton_kernels import DEVICE, needs_triton
+from tests.support.triton_kernels import DEVICE, needs_triton
 
 pytestmark = [
     needs_triton,
@@ -36,8 +36,8 @@ SLEEPY = dict(num_gpu_blocks_override=60, max_model_len=192, max_num_batched_tok
 def on_the_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.worker.workspace import init_workspace_manager, reset_workspace_manager
 
-    from fourier_vllm.engine import prefill
     from fourier_vllm.engine.backend import FourierImpl
+    from fourier_vllm.engine.gpu import prompts as prefill
 
     monkeypatch.setattr(prefill, "KEYS_AT_ONCE", 512)
     monkeypatch.setattr(FourierImpl, "has_kernels", staticmethod(lambda device: True))

@@ -23,8 +23,8 @@ def install() -> None:
 
     @wraps(original)
     def update_kv_cache_capacity(vllm_config: Any, kv_cache_config: Any) -> None:
-        from fourier_vllm.engine.cache_groups import check_groups, has_pages
-        from fourier_vllm.engine.report import log_capacity
+        from fourier_vllm.engine.cache.groups import check_groups, has_pages
+        from fourier_vllm.engine.start_log import log_capacity
 
         original(vllm_config, kv_cache_config)
         if has_pages(kv_cache_config):

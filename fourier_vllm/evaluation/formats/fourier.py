@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fourier_vllm.evaluation.formats.base import Held
-from fourier_vllm.inspection import layouts
-from fourier_vllm.kernels.reference import PageCodec
+from fourier_vllm.kernels.reference.codec import PageCodec
 from fourier_vllm.recipe import Recipe
+from fourier_vllm.recipe.describe import layouts
 
 
 class Fourier:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fourier_vllm.evaluation.formats.base import RAW_BITS, Held, bits_per_value
-from fourier_vllm.kernels.codecs import quantize, step_of
+from fourier_vllm.kernels.reference.codecs import quantize, step_of
 from fourier_vllm.recipe import ModelFingerprint
 
 GROUP = 64

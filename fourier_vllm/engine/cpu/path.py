@@ -1,0 +1,96 @@
+"""Runs a step of one layer on the reference codec: store, seal, attend, in this order over the batch.
+
+Prefix caching publishes a page in the step that computes its last token, so another request of the same
+batch may read it: everything is stored and sealed before anybody attends.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fourier_vllm.engine.cpu.cells import load, load_blocks, store
+from fourier_vllm.engine.cpu.plan import DecodeStep, StepPlan
+from fourier_vllm.engine.cpu.prompts import prompt_attention
+from fourier_vllm.engine.metadata import LayerStep
+from fourier_vllm.kernels.cpu import decode as decode_cpu
+from fourier_vllm.kernels.reference.attention import decode_attention
+from fourier_vllm.kernels.reference.codec import PageCodec
+
+
+def run_step(
+    codec: PageCodec, plan: StepPlan, step: LayerStep, scale: float, sink_tokens: int
+) -> None:
+    """One layer of one step."""
+    q, k, v, cache, local, output, *_ = step
+    pages = cache[:, 0, 0]
+    store(local, plan.store_cells, k[plan.store], v[plan.store])
+    if plan.seal is not None:
+        done = plan.seal
+        k_page, v_page = k[done.token], v[done.token]  # [P, W, H, D]
+        if not bool(done.in_flight.all()):
+            k_old, v_old = load(local, done.cells)
+            fresh = done.in_flight[..., None, None]
+            k_page = torch.where(fresh, k_page, k_old.to(k.dtype))
+            v_page = torch.where(fresh, v_page, v_old.to(v.dtype))
+        pages[done.page] = codec.seal(k_page, v_page, done.num_pinned)
+    if plan.decode is not None:
+        attend = _decode_on_cpu if pages.device.type == "cpu" else _decode
+        out = attend(codec, plan.decode, q, pages, local, scale, sink_tokens)
+        output[plan.decode.query] = out.flatten(1, 2).to(output.dtype)
+    for p in plan.prefill:
+        k_raw, v_raw = load(local, p.cells)
+        k_page, v_page = (x.flatten(0, 1) for x in codec.reconstruct(pages.index_select(0, p.page)))
+        k_context = torch.cat([k_page[p.num_skipped :].to(k_raw.dtype), k_raw])
+        v_context = torch.cat([v_page[p.num_skipped :].to(v_raw.dtype), v_raw])
+        chunk = slice(p.start, p.stop)
+        output[chunk] = prompt_attention(
+            q[chunk], k_context, v_context, k[chunk], v[chunk], scale
+        ).to(output.dtype)
+
+
+def _decode_on_cpu(
+    codec: PageCodec,
+    step: DecodeStep,
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    local: torch.Tensor,
+    scale: float,
+    sink_tokens: int,
+) -> torch.Tensor:
+    return decode_cpu.decode_attention(
+        codec,
+        q[step.query].unflatten(1, (local.shape[1], -1)),
+        pages,
+        step.page,
+        step.page_start,
+        sink_tokens,
+        local,
+        step.block,
+        step.raw_mask,
+        scale,
+    )
+
+
+def _decode(
+    codec: PageCodec,
+    step: DecodeStep,
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    local: torch.Tensor,
+    scale: float,
+    sink_tokens: int,
+) -> torch.Tensor:
+    k_raw, v_raw = load_blocks(local, step.block, step.raw_mask).chunk(2, -1)
+    return decode_attention(
+        codec,
+        q[step.query].unflatten(1, (local.shape[1], -1)),
+        pages.index_select(0, step.page),
+        step.row,
+        step.slot,
+        step.max_pages,
+        sink_tokens,
+        k_raw,
+        v_raw,
+        step.raw_mask,
+        scale,
+    )

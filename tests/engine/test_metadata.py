@@ -1,0 +1,47 @@
+"""Attention metadata: one view and one plan a step, however many builders ask."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from fourier_vllm.engine.cpu.plan import Window
+from fourier_vllm.engine.metadata import FourierMetadata, FourierMetadataBuilder
+
+WINDOW = Window(32, 48, 16, 16, exact_prefill=False)
+
+
+def common(tokens: int = 7) -> SimpleNamespace:
+    return SimpleNamespace(
+        num_reqs=1,
+        query_start_loc=torch.tensor([0, tokens, tokens]),
+        query_start_loc_cpu=torch.tensor([0, tokens, tokens]),
+        seq_lens_cpu_upper_bound=torch.tensor([tokens, 0]),
+        seq_lens=torch.tensor([tokens, 0]),
+        is_prefilling=None,
+        block_table_tensor=torch.ones(2, 4, dtype=torch.int32),
+        slot_mapping=torch.arange(16, 16 + tokens),
+    )
+
+
+def build(step: SimpleNamespace) -> FourierMetadata:
+    return FourierMetadataBuilder.build(object.__new__(FourierMetadataBuilder), 0, step)
+
+
+def test_layers_with_pages_of_different_sizes_share_one_plan():
+    pages, local = common(), common()
+    first, second, other = build(pages), build(pages), build(local)
+    assert first is second
+    assert first is not other
+    assert first.plan(other, WINDOW) is second.plan(other, WINDOW)
+
+
+def test_a_step_has_metadata_of_its_own():
+    assert build(common()) is not build(common())
+
+
+def test_padding_rows_are_left_out():
+    made = build(common())
+    assert len(made.seq_lens) == len(made.block_table) == len(made.is_prefilling) == 1
+    assert made.query_start_loc.tolist() == [0, 7]
