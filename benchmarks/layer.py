@@ -22,12 +22,12 @@ from vllm import _custom_ops as ops
 from vllm.v1.worker.workspace import init_workspace_manager
 from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
-from fourier_vllm.engine.cpu.plan import Window
 from fourier_vllm.engine.gpu.path import GpuPath
 from fourier_vllm.engine.gpu.prompt_attention import TorchAttention
 from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
 from fourier_vllm.evaluation.machine import commit, versions
 from fourier_vllm.kernels.gpu.seal import seal
+from fourier_vllm.window import Window
 from kernels import BLOCK, SHAPES, SINKS, WINDOW, Decode, Timer, W
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fourier_vllm.kernels.basis import dct_basis, rotation
 from fourier_vllm.kernels.reference.codecs import dequantize, quantize, range_share
+from fourier_vllm.window import pages_before
 
 # Queries of each document that are followed; more of them change little and cost attention weights.
 MAX_QUERIES = 128
@@ -128,7 +129,7 @@ class Sums:
         token = torch.arange(tokens, device=position.device)
         # A document shorter than the local window still has to say which dims matter.
         window = min(self.local_window, tokens // 4)
-        sealed = (position + 1 - window) // self.page_size * self.page_size
+        sealed = pages_before(position + 1, window, self.page_size) * self.page_size
         return (token >= self.sink_tokens) & (token < sealed[:, None])
 
     def _residual(self, x: Tensor) -> Tensor:

@@ -252,7 +252,7 @@ class FourierImpl(AttentionImpl):
         """Tokens that the local cache keeps: a number that is no other layer's sliding window."""
         layers = self.vllm_config.compilation_config.static_forward_context.values()
         windows = {getattr(layer, "sliding_window", None) for layer in layers}
-        reach = self.window.local_window + self.window.page_size
+        reach = self.window.reach
         while reach in windows:
             reach += 1
         return reach

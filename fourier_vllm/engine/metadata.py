@@ -13,7 +13,8 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
 )
 
-from fourier_vllm.engine.cpu.plan import StepPlan, Window, make_plan
+from fourier_vllm.engine.cpu.plan import StepPlan, make_plan
+from fourier_vllm.window import Window
 
 MADE = "_fourier_metadata"
 Plan = TypeVar("Plan")

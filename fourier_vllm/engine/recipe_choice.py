@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 from fourier_vllm.config import FourierConfig, Geometry
-from fourier_vllm.engine.cpu.plan import Window
 from fourier_vllm.page import PAGE_ALIGNMENT, PageLayout, align
 from fourier_vllm.recipe import (
     MEASURED_TARGET,
@@ -21,6 +20,7 @@ from fourier_vllm.recipe import (
     find_bundled,
     target_recipe,
 )
+from fourier_vllm.window import Window
 
 # Raw blocks share one pool of block ids with pages: a bigger one would widen every id.
 LOCAL_BLOCK_SIZES = (256, 128, 64, 32, 16, 8)

@@ -18,6 +18,7 @@ from fourier_vllm.recipe import (
     Recipe,
     find_bundled,
 )
+from fourier_vllm.window import pages_before
 
 PAPER_PAGES = "paper-pages"  # the shipped recipe `paper`: the paper's split, a window a page
 DEFAULT_TARGETS = ("quality", "balanced", "compact")
@@ -33,7 +34,7 @@ class Span(NamedTuple):
     end : int
         The last tokens from here on stay raw.
     page_size, local_window : int
-        What `end` follows from, as in the engine: `(context - local_window) // W * W`.
+        What `end` follows from, as in the engine (`window.pages_before`).
     """
 
     start: int
@@ -133,7 +134,7 @@ def span_of(forms: Sequence[Format], context: int) -> Span:
     W = max((recipe.page_size for recipe in recipes), default=DEFAULT_PAGE_SIZE)
     L = max((recipe.local_window for recipe in recipes), default=DEFAULT_LOCAL_WINDOW)
     S = max((recipe.sink_tokens for recipe in recipes), default=DEFAULT_SINK_TOKENS)
-    end = max(0, context - L) // W * W
+    end = pages_before(context, L, W) * W
     if end <= S or end < W:
         raise ValueError(
             f"--context must be at least {L + W * (S // W + 1)} for {S} first and {L} last raw"

@@ -20,6 +20,7 @@ from fourier_vllm.kernels.reference.codec import PageCodec
 from fourier_vllm.page import PageLayout
 from fourier_vllm.recipe import Recipe
 from fourier_vllm.recipe.describe import layouts
+from fourier_vllm.window import pages_before
 
 HELD_OUT_DOCUMENTS = 2
 CONTEXT_TOKENS = 3000
@@ -60,7 +61,7 @@ def through_pages(
         Whole pages before the last `local_window` tokens rebuilt, the rest and the sinks as given.
     """
     W = recipe.page_size
-    end = max(0, k.shape[1] - recipe.local_window) // W * W
+    end = pages_before(k.shape[1], recipe.local_window, W) * W
     if end == 0:
         return k, v
     # A model computed in float32 is still served in 16 bits.

@@ -17,7 +17,7 @@ import pytest
 
 from fourier_vllm.engine.cache.managers import FourierLocalManager
 from fourier_vllm.engine.cache.specs import FourierLocalSpec
-from fourier_vllm.engine.cpu.plan import Window
+from fourier_vllm.window import Window
 from tests.support import fuzzing
 from tests.support.engine import blocks_held, engine, gather_like_v33, poison_free_blocks
 from tests.support.scheduling import local_spec

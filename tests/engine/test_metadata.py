@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import torch
 
-from fourier_vllm.engine.cpu.plan import Window
 from fourier_vllm.engine.metadata import FourierMetadata, FourierMetadataBuilder
+from fourier_vllm.window import Window
 
 WINDOW = Window(32, 48, 16, 16, exact_prefill=False)
 

@@ -46,8 +46,8 @@ from fourier_vllm.engine.backend import FourierBackend, FourierImpl
 from fourier_vllm.engine.cache.local_cache import SUFFIX, FourierLocalCache
 from fourier_vllm.engine.cache.managers import FourierLocalManager, FourierPageManager
 from fourier_vllm.engine.cache.specs import FourierLocalSpec, FourierPageSpec
-from fourier_vllm.engine.cpu.plan import Window
 from fourier_vllm.engine.platform import SCAN_BREAKER, install
+from fourier_vllm.window import Window
 from tests.support.scheduling import local_spec, page_spec
 
 WINDOW = Window(page_size=32, local_window=48, sink_tokens=16, block_size=16, exact_prefill=False)

@@ -32,7 +32,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from fourier_vllm.engine.cache.specs import FourierLocalSpec, FourierPageSpec
-from fourier_vllm.engine.cpu.plan import Cells, StepPlan, Window, make_plan
+from fourier_vllm.engine.cpu.plan import Cells, StepPlan, make_plan
+from fourier_vllm.window import Window
 
 LLAMA = dict(
     architectures=["LlamaForCausalLM"],

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from fourier_vllm.engine.cpu.plan import Window
+from fourier_vllm.window import Window
 from tests.support.scheduling import Engine
 
 WINDOWED = Window(page_size=32, local_window=48, sink_tokens=16, block_size=16, exact_prefill=False)

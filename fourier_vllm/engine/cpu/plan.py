@@ -10,20 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-
-@dataclass(frozen=True)
-class Window:
-    """The sizes that decide what is read from where, see docs/how-it-works.md."""
-
-    page_size: int
-    local_window: int
-    sink_tokens: int
-    block_size: int
-    exact_prefill: bool
-
-    @property
-    def num_pinned_blocks(self) -> int:
-        return -(-self.sink_tokens // self.block_size)
+from fourier_vllm.window import Window
 
 
 @dataclass
@@ -102,7 +89,7 @@ def raw_starts(
         `[N, blocks]`, block table of the local cache.
     """
     W, bs = window.page_size, window.block_size
-    start = (context_lens + 1 - window.local_window).clamp_min(0) // W * W
+    start = window.pages_before(context_lens + 1) * W
     if window.exact_prefill:
         start = torch.where(is_prefilling, 0, start)
     index = torch.arange(local_table.shape[1], device=local_table.device)

@@ -14,7 +14,6 @@ import torch
 from vllm.utils.multi_stream_utils import maybe_execute_in_parallel
 from vllm.utils.torch_utils import aux_stream
 
-from fourier_vllm.engine.cpu.plan import Window
 from fourier_vllm.engine.gpu.plan import GpuPlan, make_plan
 from fourier_vllm.engine.gpu.prompt_attention import PromptAttention
 from fourier_vllm.engine.gpu.prompts import Prefill
@@ -29,6 +28,7 @@ from fourier_vllm.kernels.gpu.split import num_splits
 from fourier_vllm.kernels.gpu.step import Batch, Tokens
 from fourier_vllm.kernels.gpu.tables import Tables
 from fourier_vllm.page import PageLayout
+from fourier_vllm.window import Window
 
 Work = Callable[[], None]
 

@@ -7,10 +7,10 @@ from itertools import accumulate
 
 import torch
 
-from fourier_vllm.engine.cpu.plan import Window
 from fourier_vllm.engine.metadata import FourierMetadata
 from fourier_vllm.kernels.gpu.bounds import read_bounds
 from fourier_vllm.page import align
+from fourier_vllm.window import Window
 
 
 @dataclass

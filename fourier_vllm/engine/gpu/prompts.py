@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from fourier_vllm.engine.cpu.plan import Window
 from fourier_vllm.engine.gpu.plan import GpuPlan
 from fourier_vllm.engine.gpu.prompt_attention import PromptAttention
 from fourier_vllm.kernels.gpu.step import Tokens
 from fourier_vllm.kernels.gpu.tables import Tables
 from fourier_vllm.kernels.gpu.unseal import unseal
 from fourier_vllm.page import align
+from fourier_vllm.window import Window
 
 KEYS_AT_ONCE = 32768  # laid out together: bounds the scratch
 

@@ -12,7 +12,7 @@ import pytest
 
 from fourier_vllm.engine.cache.managers import FourierLocalManager
 from fourier_vllm.engine.cache.specs import FourierLocalSpec
-from fourier_vllm.engine.cpu.plan import Window
+from fourier_vllm.window import Window
 from tests.support.fuzzing import finds, fuzz
 from tests.support.scheduling import ReadError, engine_config, local_spec
 from tests.support.traffic import MAX_CHUNK, MAX_MODEL_LEN, simulate

@@ -26,9 +26,9 @@ from vllm.v1.request import Request
 from fourier_vllm.config import Geometry
 from fourier_vllm.engine.cache.local_cache import SUFFIX
 from fourier_vllm.engine.cache.specs import FourierLocalSpec, FourierPageSpec
-from fourier_vllm.engine.cpu.plan import Window
 from fourier_vllm.engine.recipe_choice import EngineRecipe, id_bytes, layer_layout, num_local_groups
 from fourier_vllm.recipe import LayerRecipe, ModelFingerprint, Provenance, Recipe
+from fourier_vllm.window import Window
 from tests.support.planner import plan_caches
 from tests.support.scheduling import (
     LOCAL_GROUP,

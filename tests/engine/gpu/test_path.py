@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fourier_vllm.engine.cpu import path as reference_path
-from fourier_vllm.engine.cpu.plan import Window
 from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
+from fourier_vllm.window import Window
 from tests.kernels.reference.test_codec import codec_of
 from tests.support.memory import peak_bytes
 from tests.support.numerics import assert_close
