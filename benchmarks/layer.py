@@ -5,7 +5,7 @@
 Needs a GPU. A CUDA graph of 32 layers of Llama-3.1-8B's shape, each with caches of its own, replayed after L2
 was overwritten; microseconds a layer, median of the replays. The launches of a layer are timed alone too, as
 graphs of 32. No request completes a page. `python benchmarks/tables.py --write` makes the table of
-docs/performance.md from the JSON.
+docs/evidence/performance.md from the JSON.
 """
 
 from __future__ import annotations

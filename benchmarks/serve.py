@@ -4,7 +4,8 @@
 
 Needs a GPU. Engines run one after the other, each in a process of its own, with the same prompts of random
 tokens in the same share of the GPU's memory, prefix caching off. Without `--model`: the shape of Llama-3.1-8B
-(or `--shape`) with made-up weights. `python benchmarks/serve_report.py` makes docs/results.md from the JSON.
+(or `--shape`) with made-up weights. `python benchmarks/serve_report.py` makes docs/evidence/results.md from
+the JSON.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Tables and plots of docs/results.md and the README's table, from what serve.py and first_token.py wrote.
+"""Tables and plots of docs/evidence/results.md and the README's table, from the JSON of two benchmarks.
 
-    python benchmarks/serve_report.py [--results benchmarks/results/serve.json] [--page docs/results.md]
+    python benchmarks/serve_report.py [--results JSON] [--page docs/evidence/results.md]
 
 Tables go between the page's markers, `<!-- NAME -->` and `<!-- end -->`; the pictures lie beside the page.
 Of rows for the same case the last one counts.
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument(
         "--first-token", type=Path, default=ROOT / "benchmarks/results/first_token.json"
     )
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/evidence/results.md")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     args = parser.parse_args()
     rows = [row for row in json.loads(args.results.read_text()) if "error" not in row]

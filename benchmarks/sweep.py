@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/sweep.py [--model FOLDER] [--only coefficients rope ...] [--table]
 
 Every row is calibrated on the default text and scored on manuals that neither calibration nor evaluation
-reads. `--table` only writes the table of docs/sweep.md again, from the JSON.
+reads. `--table` only writes the table of docs/evidence/sweep.md again, from the JSON.
 """
 
 from __future__ import annotations
@@ -279,7 +279,9 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--only", nargs="*", choices=list(choices()), help="tables; default: all")
     parser.add_argument("--tokens", type=int, default=16384, help="of calibration text")
-    parser.add_argument("--table", action="store_true", help="write docs/sweep.md from the JSON")
+    parser.add_argument(
+        "--table", action="store_true", help="write docs/evidence/sweep.md from the JSON"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/sweep.json")
     args = parser.parse_args()
     if not args.table:
@@ -288,7 +290,7 @@ def main() -> None:
 
             args.model = str(fetch("smollm2"))
         run(args)
-    write_table(json.loads(args.out.read_text()), ROOT / "docs/sweep.md")
+    write_table(json.loads(args.out.read_text()), ROOT / "docs/evidence/sweep.md")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, from benchmarks/results/decode.json and layer.json.
+"""The tables of docs/evidence/performance.md, from benchmarks/results/decode.json and layer.json.
 
     python benchmarks/tables.py [--write]
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/decode.json")
     parser.add_argument("--layers", type=Path, default=ROOT / "benchmarks/results/layer.json")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/performance.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/evidence/performance.md")
     parser.add_argument("--write", action="store_true", help="into the page, between its markers")
     args = parser.parse_args()
     made = {

@@ -1,6 +1,6 @@
-"""The tables of docs/trust.md and of needles in docs/recipes.md, from the JSON in benchmarks/results/.
+"""The tables of docs/evidence/trust.md and of needles in docs/use/recipes.md, from benchmarks/results/.
 
-python benchmarks/trust_report.py [--page docs/trust.md] [--recipes docs/recipes.md]
+python benchmarks/trust_report.py [--page docs/evidence/trust.md] [--recipes docs/use/recipes.md]
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def needles(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/trust.md")
-    parser.add_argument("--recipes", type=Path, default=ROOT / "docs/recipes.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/evidence/trust.md")
+    parser.add_argument("--recipes", type=Path, default=ROOT / "docs/use/recipes.md")
     args = parser.parse_args()
 
     def load(name: str) -> Any:

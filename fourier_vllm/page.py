@@ -24,9 +24,9 @@ head, then bits (most first), then dim. Codes are packed along the tokens: of s 
 a run of bytes gives the codes of s consecutive tokens.
 
 **Fragment order**, on GPUs: the same numbers where a lane of the tensor cores' `mma.m16n8k16` wants
-them, so that masks alone turn a word of codes into operands (docs/page-format.md). For layers without raw
-dims, with V's token codec below 16 bits and at most 8 coefficients of 8 bits. A head's columns are padded
-to a multiple of 4. With s = W/4, codes byte j as above:
+them, so that masks alone turn a word of codes into operands (docs/understand/page-format.md). For layers
+without raw dims, with V's token codec below 16 bits and at most 8 coefficients of 8 bits. A head's columns
+are padded to a multiple of 4. With s = W/4, codes byte j as above:
 
 ```
     coef        [H, m-1, D/4, 4]  uint8  128 + coefficient of dims 4i + (0, 2, 1, 3), the second row first

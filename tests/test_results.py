@@ -22,9 +22,13 @@ def benchmark(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Mo
 @pytest.mark.parametrize(
     ("script", "pages", "options"),
     [
-        ("tables", {"--page": "docs/performance.md"}, ["--write"]),
-        ("serve_report", {"--page": "docs/results.md", "--readme": "README.md"}, []),
-        ("trust_report", {"--page": "docs/trust.md", "--recipes": "docs/recipes.md"}, []),
+        ("tables", {"--page": "docs/evidence/performance.md"}, ["--write"]),
+        ("serve_report", {"--page": "docs/evidence/results.md", "--readme": "README.md"}, []),
+        (
+            "trust_report",
+            {"--page": "docs/evidence/trust.md", "--recipes": "docs/use/recipes.md"},
+            [],
+        ),
     ],
 )
 def test_pages_are_up_to_date(root, tmp_path, script, pages, options):

@@ -53,7 +53,7 @@ TARGETS: dict[str, Target] = {
 }
 
 # What runs where the user names no target. At 6.3 times smaller, predicted bits lost answers of real models
-# that measured bits keep (docs/recipes.md).
+# that measured bits keep (docs/use/recipes.md).
 MEASURED_TARGET, PREDICTED_TARGET = "balanced", "quality"
 
 

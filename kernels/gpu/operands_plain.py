@@ -1,4 +1,4 @@
-"""Attention of a tile of query rows over one sealed page, K never rebuilt (docs/how-it-works.md).
+"""Attention of a tile of query rows over one sealed page, K never rebuilt (docs/understand/how-it-works.md).
 
 A page is read in four slices of W/4 tokens, the runs that one shift of the packed bytes gives. Tokens and
 dims are the left side of every product: a tile of few query rows then wastes none. Shapes: BM query rows,

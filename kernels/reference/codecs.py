@@ -2,7 +2,7 @@
 
 Shapes: P pages, H KV heads, G query heads a KV head, W tokens a page, D dims, m coefficients, C coded
 dims, R raw dims, N columns of 2-bit codes. The byte layout is `fourier_vllm.page`; the derivation of the
-spectral-domain product is in docs/how-it-works.md.
+spectral-domain product is in docs/understand/how-it-works.md.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ One window of the middle's n tokens, and a real Fourier basis of it:
 
 `paper-rescaled` then stretches each dim around its mean to its original standard deviation, as the
 authors' cache does (a scale a dim more). What differs from the authors' code is listed in
-docs/evaluation.md.
+docs/evidence/evaluation.md.
 """
 
 from __future__ import annotations
