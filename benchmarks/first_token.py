@@ -1,17 +1,16 @@
-"""Time to the first token of one short prompt, engines in turns: a comparison the host's moods fall out of.
+"""Time to the first token of one short prompt, engines asked in turns.
 
-    python benchmarks/first_token.py [--engines stock fourier] [--prompt 944] [--rounds 300]
+    python -m benchmarks.first_token [--engines stock fourier] [--prompt 944] [--rounds 300]
 
-Needs a GPU. A short prompt's time is the host's, which differs by half from one minute and process to the
-next. So all engines run at once, share the GPU's memory, and are asked one after the other, the first one
-changing from round to round; ratios are of neighbours. With VLLM_ENABLE_V1_MULTIPROCESSING=0 they share one
-thread too.
+Needs a GPU. The host's work dominates a short prompt, and the host's speed differs by half from one minute
+and process to the next. So all engines run at once, share the GPU's memory, and answer one after the other,
+the first one changing from round to round; a ratio compares two neighbours. With
+VLLM_ENABLE_V1_MULTIPROCESSING=0 the engines share one thread too.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
@@ -21,11 +20,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from serve import ENGINES, SHAPES, ask_driver, settings
-
+from benchmarks.record import RESULTS, load, save
+from benchmarks.serve import ENGINES, SHAPES, ask_driver, greedy, settings
 from fourier_vllm.evaluation.machine import commit, versions
 
-ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 10  # rounds
 SHOWN = 20  # rounds a line of progress
 MAX_MODEL_LEN = 4096
@@ -41,25 +39,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--append", action="store_true", help="to the runs that are there")
     parser.add_argument("--memory", type=float, default=0.85, help="of the GPU's, all together")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/first_token.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "first_token.json")
     return parser.parse_args()
 
 
 def first_token(llm: Any, name: str, prompt: list[int]) -> float:
     """Milliseconds from the request to its first token; returns when the request has ended."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=NEW,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
     engine = llm.llm_engine
     begin = time.perf_counter()
-    engine.add_request(name, {"prompt_token_ids": prompt}, params)
+    engine.add_request(name, {"prompt_token_ids": prompt}, greedy(NEW))
     first = None
     while engine.has_unfinished_requests():
         if engine.step() and first is None:
@@ -115,8 +103,8 @@ def main() -> None:
         **versions("vllm", "triton"),
         "rows": rows,
     }
-    runs = json.loads(args.out.read_text()) if args.append and args.out.exists() else []
-    args.out.write_text(json.dumps([*runs, result], indent=1) + "\n")
+    runs = load(args.out) if args.append and args.out.exists() else []
+    save(args.out, [*runs, result])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What a prefix-cache hit costs: a turn after a context of pages alone, and after one with a raw window.
+"""What a prefix-cache hit costs in quality: KL of a turn behind pages alone, and behind a raw window.
 
-    python benchmarks/hit_cost.py [--documents 8] [--context 2944] [--turn 256]
+    python -m benchmarks.hit_cost [--documents 8] [--context 2944] [--turn 256]
 
 A hit takes pages and the first raw block, so the turn that follows reads the last tokens before it from
 pages; a request that goes on without a break reads its local window raw. KL to exact attention, in nats a
@@ -12,21 +12,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.record import RESULTS, measured_on, save, small_model
 from fourier_vllm.calibration.hf_model import fingerprint_of, full_attention_layers, load
-from fourier_vllm.demo.fetch import fetch
 from fourier_vllm.evaluation.held_out import CHARS_A_TOKEN, through_pages
-from fourier_vllm.evaluation.machine import commit, machine, versions
 from fourier_vllm.evaluation.text import documents
 from fourier_vllm.recipe import find_bundled
 from fourier_vllm.recipe.describe import layouts
 
-ROOT = Path(__file__).resolve().parent.parent
 SPANS = ((0, 16), (16, 64), (64, 256))  # tokens of the turn
 
 
@@ -60,11 +57,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2944, help="tokens, whole pages")
     parser.add_argument("--turn", type=int, default=256)
     parser.add_argument("--targets", nargs="+", default=["balanced", "quality"])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/hit_cost.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "hit_cost.json")
     args = parser.parse_args()
-    model, tokenizer = load(args.model or str(fetch("smollm2")))
+    model, tokenizer = load(args.model or small_model())
     recipes = {t: find_bundled(fingerprint_of(model), t) for t in args.targets}
-    # No window is no recipe of a user's; it is what the table of a hit says.
+    # A recipe without a window reads everything from pages, as a hit does.
     kinds = [
         (target, name, recipe.model_copy(update={"local_window": window}))
         for target, recipe in recipes.items()
@@ -82,12 +79,12 @@ def main() -> None:
         rows.append({"target": target, "context": name, "kl": round(float(kl.mean()), 5), **spans})
         print(rows[-1], flush=True)
     result = {
-        "machine": machine(model.device.type) | versions() | {"commit": commit()},
+        "machine": measured_on(model.device.type),
         "documents": args.documents,
         "context": args.context,
         "rows": rows,
     }
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(args.out, result)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
 """Attention's part of a decode step as the engine launches it, beside FlashAttention 3 with storing.
 
-    python benchmarks/layer.py [--out benchmarks/results/layer.json]
+    python -m benchmarks.layer [--out FILE]
 
 Needs a GPU. A CUDA graph of 32 layers of Llama-3.1-8B's shape, each with caches of its own, replayed after L2
 was overwritten; microseconds a layer, median of the replays. The launches of a layer are timed alone too, as
-graphs of 32. No request completes a page. `python benchmarks/tables.py --write` makes the table of
-docs/evidence/performance.md from the JSON.
+graphs of 32. No request completes a page.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,15 +20,15 @@ from vllm import _custom_ops as ops
 from vllm.v1.worker.workspace import init_workspace_manager
 from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
+from benchmarks.attention import BLOCK, SHAPES, SINKS, WINDOW, Decode, Timer, W
+from benchmarks.record import RESULTS, save
 from fourier_vllm.engine.gpu.path import GpuPath
 from fourier_vllm.engine.gpu.prompt_attention import TorchAttention
 from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
 from fourier_vllm.evaluation.machine import commit, versions
 from fourier_vllm.kernels.gpu.seal import seal
 from fourier_vllm.window import Window
-from kernels import BLOCK, SHAPES, SINKS, WINDOW, Decode, Timer, W
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPE, LAYERS = "llama-3.1-8b", 32
 CASES = ((1, 1088), (8, 1088), (32, 1088), (32, 4160), (1, 32704), (8, 32704))
 MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_NUM_TOKENS = 32768, 160, 8192
@@ -150,14 +148,14 @@ def measure(timer: Timer, batch: int, context: int) -> dict[str, Any]:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/layer.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "layer.json")
     args = parser.parse_args()
     init_workspace_manager(torch.device("cuda"))
     timer, rows = Timer(), []
     for case in CASES:
         rows.append(measure(timer, *case) | versions("vllm", "triton"))
         print(rows[-1], flush=True)
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+        save(args.out, rows)
 
 
 if __name__ == "__main__":

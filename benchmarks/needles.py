@@ -1,9 +1,12 @@
-"""Needles through the real engine, stock attention and ours in one run.
+"""Needles and KV capacity of engines as a user starts them, stock attention and ours in one run.
 
-    python benchmarks/needles.py [--model FOLDER] [--contexts 16] [--tokens 7000] [--options '{}' ...]
+    python -m benchmarks.needles [--model FOLDER] [--contexts 16] [--tokens 7000] [--options '{}' ...]
 
 Every context is prefilled and cached first; its questions then read it from the prefix cache, which for
-us means from sealed pages. Counts are exact matches of seven digits, greedy.
+the plugin means from sealed pages. Counts are exact matches of seven digits, greedy.
+
+`fourier-vllm eval --engine --tasks multikey` compares named recipes. This benchmark takes any options of the
+backend, `{}` for the defaults too, and records the KV tokens that an engine reports in 1 GiB.
 """
 
 from __future__ import annotations
@@ -11,26 +14,87 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fourier_vllm.evaluation.machine import commit, machine, versions
+from benchmarks.record import RESULTS, load, measured_on, save, small_model
+from fourier_vllm.evaluation.needles import WORDS, is_correct
+from fourier_vllm.evaluation.text import documents
 
-ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
 
 
+@dataclass(frozen=True)
+class Question:
+    """A prompt of token ids and the digits it should be continued with."""
+
+    ids: list[int]
+    answer: str
+
+
+def needle_questions(
+    documents: list[str],
+    encode: Callable[[str], list[int]],
+    context_tokens: int,
+    needles: int = 4,
+    seed: int = 0,
+) -> list[list[Question]]:
+    """Contexts with `needles` questions each, one context a document.
+
+    Parameters
+    ----------
+    documents : list of str
+        Each longer than `context_tokens` tokens.
+    encode : callable
+        Text to token ids, without special tokens.
+    context_tokens : int
+        Tokens of the context; the question adds about 50.
+
+    Returns
+    -------
+    list of list of Question
+        Questions of one context share its tokens as a prefix.
+    """
+    rng = random.Random(seed)
+    contexts = []
+    for document in documents:
+        words = rng.sample(WORDS, needles)
+        numbers = [str(rng.randint(1_000_000, 9_999_999)) for _ in words]
+        # Cut at the wanted length with room for the needles, then hide them between lines.
+        share = (context_tokens - 40 * needles) / len(encode(document))
+        lines = document[: int(len(document) * share)].split("\n")
+        places = sorted(rng.sample(range(len(lines) // 40, len(lines) - 1), needles), reverse=True)
+        for place, word, number in zip(places, words, numbers, strict=True):
+            lines.insert(place, f"One of the special magic numbers for {word} is: {number}.")
+        context = encode("\n".join(lines))[:context_tokens]
+        contexts.append(
+            [
+                Question(
+                    context
+                    + encode(
+                        f"\n\nQuestion: what is the special magic number for {word} mentioned in "
+                        f"the text above?\nAnswer: One of the special magic numbers for {word} is: "
+                    ),
+                    number,
+                )
+                for word, number in zip(words, numbers, strict=True)
+            ]
+        )
+    return contexts
+
+
 def texts_of(args: argparse.Namespace) -> list[str]:
     """The contexts' texts; those of one Python's manuals can be taken to another machine."""
-    from fourier_vllm.evaluation.text import documents
-
     if args.texts is not None and args.texts.exists():
-        return json.loads(args.texts.read_text())[: args.contexts]
+        return load(args.texts)[: args.contexts]
     texts = documents(args.contexts, 6 * args.tokens)
     if args.texts is not None:
         args.texts.write_text(json.dumps(texts))
@@ -43,7 +107,6 @@ def score(model: str, fourier: dict[str, Any] | None, args: argparse.Namespace) 
     from vllm import SamplingParams
 
     from fourier_vllm.evaluation.engine_session import running
-    from fourier_vllm.evaluation.needles import is_correct, needle_questions
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = texts_of(args)
@@ -89,7 +152,7 @@ def score(model: str, fourier: dict[str, Any] | None, args: argparse.Namespace) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model")
+    parser.add_argument("--model", help="folder; default: SmolLM2-135M-Instruct, fetched")
     parser.add_argument("--contexts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=7000)
     parser.add_argument("--chunk", type=int, default=4096, help="max_num_batched_tokens")
@@ -103,17 +166,14 @@ def main() -> None:
         "--texts", type=Path, help="JSON list of texts; written where it is missing"
     )
     parser.add_argument("--no-stock", action="store_true")
-    parser.add_argument("--out", default=str(ROOT / "benchmarks/results/needles.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "needles.json")
     args = parser.parse_args()
-    if args.model is None:
-        from fourier_vllm.demo.fetch import fetch
-
-        args.model = str(fetch("smollm2"))
+    args.model = args.model or small_model()
     runs: list[tuple[str, dict[str, Any] | None]] = [] if args.no_stock else [("stock", None)]
     runs += [(f"fourier {options}", json.loads(options)) for options in args.options]
     rows: list[dict[str, Any]] = []
     result = {
-        "machine": machine(DEVICE) | versions("vllm") | {"commit": commit()},
+        "machine": measured_on(DEVICE, "vllm"),
         "model": Path(args.model).name,
         "context_tokens": args.tokens,
         "max_num_batched_tokens": args.chunk,
@@ -122,7 +182,7 @@ def main() -> None:
     for name, fourier in runs:
         rows.append({"engine": name} | score(args.model, fourier, args))
         print(rows[-1], flush=True)
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        save(args.out, result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How much of the reported KV capacity the prefix cache keeps: chats one after the other, then each again.
 
-    python benchmarks/prefix_capacity.py [--model FOLDER] [--shares .9] [--answers 8 300 2000]
+    python -m benchmarks.prefix_capacity [--model FOLDER] [--shares .9] [--answers 8 300 2000]
 
 Chats of 1,000 prompt tokens and an answer fill a share of the tokens that the engine reports; then every
 chat comes back with three tokens more, in the same order. `found` is the share of the chats' full pages
@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 
-from fourier_vllm.evaluation.machine import commit, machine, versions
+from benchmarks.record import RESULTS, measured_on, save
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
 
-ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE, PROMPT, VOCABULARY = 128, 1000, 500
 SMALL = {
@@ -88,12 +87,10 @@ def main() -> None:
     parser.add_argument("--answers", nargs="+", type=int, default=[8, 300, 2000])
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--memory-mib", type=int, default=16, help="of the KV cache")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks/results/prefix_capacity.json"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "prefix_capacity.json")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    result = {"machine": machine(DEVICE) | versions("vllm") | {"commit": commit()}, "rows": rows}
+    result = {"machine": measured_on(DEVICE, "vllm"), "rows": rows}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SMALL))
         for engine in args.engines:
@@ -132,7 +129,7 @@ def main() -> None:
                             }
                         )
                         print(rows[-1], flush=True)
-                        args.out.write_text(json.dumps(result, indent=1) + "\n")
+                        save(args.out, result)
 
 
 if __name__ == "__main__":

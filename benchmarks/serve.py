@@ -1,11 +1,10 @@
 """Engines side by side through vLLM: KV capacity, time to first token, decode steps, throughput, memory.
 
-    python benchmarks/serve.py [--model FOLDER] [--engines stock fourier ...]
+    python -m benchmarks.serve [--model FOLDER] [--engines stock fourier ...]
 
 Needs a GPU. Engines run one after the other, each in a process of its own, with the same prompts of random
 tokens in the same share of the GPU's memory, prefix caching off. Without `--model`: the shape of Llama-3.1-8B
-(or `--shape`) with made-up weights. `python benchmarks/serve_report.py` makes docs/evidence/results.md from
-the JSON.
+(or `--shape`) with made-up weights.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import RESULTS, load, save
 from fourier_vllm.evaluation.machine import commit, versions
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMON = {
     "hidden_size": 4096,
     "num_attention_heads": 32,
@@ -99,7 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--append", action="store_true", help="to the rows that are there")
     parser.add_argument("--memory", type=float, default=0.85, help="share of the GPU's memory")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/serve.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "serve.json")
     return parser.parse_args()
 
 
@@ -154,6 +153,20 @@ def preemptions(llm: Any) -> int:
     return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
+def greedy(new: int) -> Any:
+    """Sampling of exactly `new` tokens, each handed out when it is there."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=0,
+        max_tokens=new,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
 def run_batch(llm: Any, context: int, batch: int, seed: int) -> tuple[list[float], list[float]]:
     """Requests that end at `context` tokens, all sent at once.
 
@@ -162,18 +175,9 @@ def run_batch(llm: Any, context: int, batch: int, seed: int) -> tuple[list[float
     tuple of list of float
         Seconds to each request's first token, and of every step in which all of them decode.
     """
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
     # The first ones decode while the others are prefilled.
     new = min(TOGETHER + 16 + -(-batch * context // CHUNK), context // 2)
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=new,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
+    params = greedy(new)
     rng = random.Random(f"{context} {batch} {seed}")
     prompts = [[rng.randrange(1000, 30000) for _ in range(context - new)] for _ in range(batch)]
     engine = llm.llm_engine
@@ -246,7 +250,7 @@ def run_engine(args: argparse.Namespace, engine: str, max_model_len: int, rows: 
 
 def main() -> None:
     args = parse()
-    done = json.loads(args.out.read_text()) if args.append and args.out.exists() else []
+    done = load(args.out) if args.append and args.out.exists() else []
     about = {
         "model": args.model or f"{args.shape} shape, made-up weights",
         "gpu": ask_driver("name"),
@@ -257,7 +261,7 @@ def main() -> None:
     def add(row: dict[str, Any]) -> None:
         print(row, flush=True)
         done.append(row | about)
-        args.out.write_text(json.dumps(done, indent=1) + "\n")
+        save(args.out, done)
 
     spawn = multiprocessing.get_context("spawn")
     for max_model_len in args.max_model_lens:

@@ -1,15 +1,14 @@
 """The sweep behind the defaults: what each choice of the page format costs at equal bytes.
 
-    .venv/bin/python benchmarks/sweep.py [--model FOLDER] [--only coefficients rope ...] [--table]
+    python -m benchmarks.sweep [--model FOLDER] [--only coefficients rope ...]
 
 Every row is calibrated on the default text and scored on manuals that neither calibration nor evaluation
-reads. `--table` only writes the table of docs/evidence/sweep.md again, from the JSON.
+reads.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,9 +18,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from pages import put
 from torch import Tensor
 
+from benchmarks.record import RESULTS, save, small_model
 from fourier_vllm.calibration import allocate_model as spending
 from fourier_vllm.calibration import collect as collecting
 from fourier_vllm.calibration import statistics
@@ -35,7 +34,6 @@ from fourier_vllm.kernels.reference import codecs
 from fourier_vllm.recipe import TARGETS, Provenance, Recipe
 from fourier_vllm.recipe.describe import ratio_of
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXT = (
     "socketserver", "http.server", "unittest.mock", "doctest", "signal", "urllib.parse", "codecs",
     "http.cookiejar", "operator", "dis", "numbers", "secrets", "struct", "wave", "html.parser",
@@ -202,9 +200,9 @@ def texts(count: int, chars: int) -> list[str]:
     return [whole[i * len(whole) // count :][:chars] for i in range(count)]
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, folder: str) -> None:
     """Measure the rows of the chosen tables; the JSON is written after each of them."""
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(folder)
     calibration = read_text(None)[1]
     encoded = [tokenizer(text, verbose=False).input_ids for text in texts(DOCUMENTS, 40_000)]
     documents = [torch.tensor(ids[: CONTEXT + SCORED]) for ids in encoded]
@@ -213,7 +211,7 @@ def run(args: argparse.Namespace) -> None:
     rows: dict[Choice, dict[str, Any]] = {}
     measured: dict[Any, Any] = {}
     record: dict[str, Any] = {
-        "model": model_name(args.model),
+        "model": model_name(folder),
         "documents": DOCUMENTS,
         "context": CONTEXT,
         "scored": SCORED,
@@ -248,49 +246,17 @@ def run(args: argparse.Namespace) -> None:
             print(f"{table}: {choice} {rows[choice]['kl']:.5f} {seconds:.1f} s", flush=True)
         if not args.only or table in args.only:
             record["tables"][table] = [asdict(choice) | rows[choice] for choice in of_table]
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def write_table(data: dict[str, Any], page: Path) -> None:
-    """Put the tables between the marks of a page of docs."""
-    shown = ("kl", "kl_of_documents", "nll", "smaller")
-    lines = [
-        f"{data['model']} on {data['machine']['device']}, {data['documents']} documents of"
-        f" {data['context']} tokens, {data['scored']} scored, commit {data['commit']}.",
-    ]
-    for table, rows in data["tables"].items():
-        varying = [
-            name
-            for name in Choice.__dataclass_fields__
-            if name not in shown and len({str(row[name]) for row in rows}) > 1
-        ]
-        header = [*(name.replace("_", " ") for name in varying), "smaller by", "KL", "NLL"]
-        lines += ["", f"### {table}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-        for row in rows:
-            cells = [" ".join(map(str, x)) if isinstance(x, list | tuple) else str(x)
-                     for x in (row[name] for name in varying)]  # fmt: skip
-            cells += [f"{row['smaller']:.2f}", f"{row['kl']:.4f}", f"{row['nll']:+.4f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-    put(page, {"tables": "\n".join(lines) + "\n"})
+            save(args.out, record)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model")
+    parser.add_argument("--model", help="folder; default: SmolLM2-135M-Instruct, fetched")
     parser.add_argument("--only", nargs="*", choices=list(choices()), help="tables; default: all")
     parser.add_argument("--tokens", type=int, default=16384, help="of calibration text")
-    parser.add_argument(
-        "--table", action="store_true", help="write docs/evidence/sweep.md from the JSON"
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/sweep.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "sweep.json")
     args = parser.parse_args()
-    if not args.table:
-        if args.model is None:
-            from fourier_vllm.demo.fetch import fetch
-
-            args.model = str(fetch("smollm2"))
-        run(args)
-    write_table(json.loads(args.out.read_text()), ROOT / "docs/evidence/sweep.md")
+    run(args, args.model or small_model())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What was compared with stock vLLM, beside it in the same situation: benchmarks/results/trust.json.
 
     python -m pytest -m gpu tests/e2e --junitxml junit.xml
-    python benchmarks/trust.py junit.xml [needles.json ...]
+    python -m benchmarks.trust junit.xml [needles.json ...]
 
 A row is {vllm, gpu, what, stock, ours, equal, commit}. From tests: digests of the tokens, and whether the
 test passed. From `benchmarks/needles.py`: right answers, and whether ours are within 1 of 16, 2 of 32 or 3 of
@@ -11,15 +11,14 @@ test passed. From `benchmarks/needles.py`: right answers, and whether ours are w
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from benchmarks.record import RESULTS, load, save
 from fourier_vllm.evaluation.machine import commit, machine, versions
 
-ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {16: 1, 32: 2, 64: 3}  # answers that may differ, of so many
 
 
@@ -28,17 +27,13 @@ def main() -> None:
     parser.add_argument(
         "files", nargs="+", type=Path, help="junit XML of pytest, JSON of needles.py"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/trust.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "trust.json")
     args = parser.parse_args()
-    rows = {key(row): row for row in load(args.out)}
+    rows = {key(row): row for row in load(args.out)} if args.out.exists() else {}
     for file in args.files:
         read = from_tests if file.suffix == ".xml" else from_needles
         rows |= {key(row): row for row in read(file)}
-    args.out.write_text(json.dumps([rows[k] for k in sorted(rows)], indent=1) + "\n")
-
-
-def load(file: Path) -> list[dict[str, Any]]:
-    return json.loads(file.read_text()) if file.exists() else []
+    save(args.out, [rows[k] for k in sorted(rows)])
 
 
 def key(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -66,7 +61,7 @@ def from_tests(file: Path) -> Iterator[dict[str, Any]]:
 
 def from_needles(file: Path) -> Iterator[dict[str, Any]]:
     """Rows of a run of `benchmarks/needles.py`, which has stock's first."""
-    result = json.loads(file.read_text())
+    result = load(file)
     found, (stock, *others) = result["machine"], result["rows"]
     for row in others:
         yield {

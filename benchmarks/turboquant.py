@@ -1,4 +1,4 @@
-"""Decode attention of one layer with vLLM's in-tree TurboQuant, for benchmarks/kernels.py to compare with.
+"""Decode attention of one layer with vLLM's in-tree TurboQuant, for benchmarks/attention.py to compare with.
 
 The preset is `turboquant_4bit_nc`: 4-bit keys, rotated and with a norm, and 4-bit values with scale and zero.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from kernels import Timer  # benchmarks/kernels.py, beside this file
+    from benchmarks.attention import Timer
 
 PRESET, BLOCK, DISTINCT_BLOCKS = "turboquant_4bit_nc", 16, 64
 
@@ -55,7 +55,7 @@ def decode_step(Hq: int, H: int, D: int, batch: int, context: int) -> Callable[[
 
     q = torch.randn(batch, Hq, D, device="cuda", dtype=torch.bfloat16)
     output = torch.empty_like(q)
-    # the backend takes these three from vLLM's workspace; the rotated queries it allocates each step
+    # The backend takes these three from vLLM's workspace; the rotated queries it allocates each step
     splits = AttentionConfig().tq_max_kv_splits_for_cuda_graph
     acc = torch.empty(batch, Hq, splits, D + 1, device="cuda")
     result = torch.empty_like(q)

@@ -1,6 +1,6 @@
 """Speed of the CPU path against stock CPU attention: first token and decode steps at one context length.
 
-    .venv/bin/python benchmarks/decode_cpu.py [--context 2000] [--tokens 64] [--model FOLDER]
+    python -m benchmarks.cpu [--context 2000] [--tokens 64] [--model FOLDER]
 
 Both engines run in this process, one after the other, with the same prompts; medians.
 """
@@ -8,36 +8,18 @@ Both engines run in this process, one after the other, with the same prompts; me
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
-import subprocess
 import time
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import RESULTS, measured_on, save, small_model
+
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def machine() -> dict[str, Any]:
-    """Where and on what a number was measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((x.split(":")[1].strip() for x in info if x.startswith("model name")), "unknown")
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "vllm": version("vllm"),
-        "torch": version("torch"),
-        "commit": commit,
-    }
 
 
 PROMPTS = 4  # the first of them warms up
@@ -83,24 +65,20 @@ def times_of(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model")
+    parser.add_argument("--model", help="folder; default: SmolLM2-135M-Instruct, fetched")
     parser.add_argument("--context", type=int, default=2000)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--out", default=str(ROOT / "benchmarks/results/decode_cpu.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json")
     args = parser.parse_args()
-    if args.model is None:
-        from fourier_vllm.demo.fetch import fetch
-
-        args.model = str(fetch("smollm2"))
+    model = args.model or small_model()
     rows = []
     for name, backend in (("stock", None), ("fourier", "fourier")):
-        times = times_of(args.model, backend, args.context, args.tokens)
+        times = times_of(model, backend, args.context, args.tokens)
         first, step = (1e3 * statistics.median(x) for x in times)
         row = {"context": args.context, "first_token_ms": round(first), "step_ms": round(step, 2)}
         rows.append({"engine": name} | row)
         print(rows[-1], flush=True)
-    result = {"machine": machine(), "rows": rows}
-    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    save(args.out, {"machine": measured_on("cpu", "vllm"), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,25 +1,19 @@
-"""Tables and plots of docs/evidence/results.md and the README's table, from the JSON of two benchmarks.
+"""Tables of engines side by side, of serve.json and first_token.json.
 
-    python benchmarks/serve_report.py [--results JSON] [--page docs/evidence/results.md]
-
-Tables go between the page's markers, `<!-- NAME -->` and `<!-- end -->`; the pictures lie beside the page.
 Of rows for the same case the last one counts.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pages import put
 
+from benchmarks.record import load
 from fourier_vllm.evaluation.report import table
 
-ROOT = Path(__file__).resolve().parent.parent
 # In the order of columns.
 COLORS = {
     "stock": "#7f7f7f",
@@ -37,7 +31,6 @@ GROUPS = {
     "h100 ": ("NVIDIA H100 80GB HBM3", LLAMA),
     "qwen ": ("NVIDIA H200", QWEN),
 }
-PICTURES = {"": "serve.svg", "h100 ": "serve_h100.svg"}
 BATCH = 8  # of the pictures' lines
 LONG = {"context": 32768, "fit": False, "batch": BATCH}
 # The README's lines: what, of which rows, which value, with how many digits.
@@ -51,6 +44,24 @@ HEADLINE: tuple[tuple[str, dict[str, Any], str, int], ...] = (
 )
 
 Row = dict[str, Any]
+
+
+def tables(results: Path) -> dict[str, str]:
+    made = {"first tokens": first_tokens(load(results / "first_token.json"))}
+    for prefix, rows in groups(results).items():
+        made |= {prefix + name: text for name, text in of_group(rows).items()}
+        if not prefix:
+            made["headline"] = headline(rows)
+    return made
+
+
+def groups(results: Path) -> dict[str, list[Row]]:
+    """The latest rows of each GPU and model."""
+    rows = [row for row in load(results / "serve.json") if "error" not in row]
+    return {
+        prefix: latest([row for row in rows if (row["gpu"], row["model"]) == group])
+        for prefix, group in GROUPS.items()
+    }
 
 
 def name_of(row: Row) -> str:
@@ -138,65 +149,6 @@ def slopes(rows: list[Row]) -> str:
     return "\n".join(table(head, lines))
 
 
-def draw(rows: list[Row], file: Path) -> None:
-    """One GPU's engines: what fits, when first tokens come, how long steps take, what comes out, memory."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "serve"  # the same picture from the same numbers
-    from matplotlib import pyplot as plt
-
-    rows = [row for row in rows if row["gpus"] == 1]
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
-    (capacity, most, memory), (first, step, throughput) = axes
-    measured = [row for row in rows if "context" in row]
-    lines = [row for row in measured if row["batch"] == BATCH and not row["fit"]]
-    bars(capacity, rows, lambda row: row["kv_tokens"] / 1e6)
-    capacity.set(title="KV capacity", ylabel="million tokens")
-    figure.legend(loc="outside lower center", ncols=len(COLORS), frameon=False)
-    bars(most, rows, lambda row: row["kv_tokens"] // row["max_model_len"])
-    most.set(title="requests of max_model_len that fit", yscale="log")
-    peaks = {
-        name: max(r["peak_gib"] for r in measured if name_of(r) == name) for name in names(measured)
-    }
-    memory.barh(list(peaks), list(peaks.values()), color=[COLORS[name] for name in peaks])
-    memory.invert_yaxis()
-    memory.set(title="peak memory", xlabel="GiB")
-    for axis, value in ((first, "all_first_tokens_ms"), (step, "itl_ms")):
-        for name in names(lines):
-            some = [(r["context"] / 1024, r[value]) for r in lines if name_of(r) == name]
-            axis.plot(*zip(*some, strict=True), "o-", color=COLORS[name], label=name)
-    first.set(
-        title=f"last first token, batch {BATCH}", xlabel="context, 1,024 tokens", ylabel="ms",
-        xscale="log", yscale="log",
-    )  # fmt: skip
-    step.set(
-        title=f"decode step, batch {BATCH}", xlabel="context, 1,024 tokens", ylabel="ms",
-        ylim=(0, None),
-    )  # fmt: skip
-    for row in (row for row in measured if row["fit"]):
-        label = f"{row['batch']} x {row['context'] // 1024}k, {name_of(row)}"
-        bar = throughput.barh(label, row["output_tok_s"], color=COLORS[row["engine"]])
-        throughput.bar_label(bar, fmt=" {:,.0f}")
-    throughput.invert_yaxis()
-    throughput.margins(x=0.25)
-    throughput.set(title="decode, as many as fit", xlabel="tokens/s")
-    figure.savefig(file, metadata={"Date": None})
-
-
-def bars(axis: Any, rows: list[Row], value: Callable[[Row], float]) -> None:
-    """Groups of bars by max_model_len."""
-    lens = sorted({row["max_model_len"] for row in rows})
-    engines = names(rows)
-    width = 0.8 / len(engines)
-    for i, name in enumerate(engines):
-        some = {row["max_model_len"]: value(row) for row in rows if name_of(row) == name}
-        at = [lens.index(x) + (i - len(engines) / 2 + 0.5) * width for x in some]
-        axis.bar(at, list(some.values()), width, color=COLORS[name], label=name)
-    axis.set_xticks(range(len(lens)), [f"{x:,}" for x in lens])
-    axis.set(xlabel="max_model_len")
-
-
 def latest(rows: list[Row]) -> list[Row]:
     """The last row of each case, by context and engine."""
     keys = ("engine", "gpus", "max_model_len", "context", "fit")
@@ -226,7 +178,7 @@ def first_tokens(runs: list[Row]) -> str:
     return "\n".join(table(head, lines, 4))
 
 
-def tables(rows: list[Row]) -> dict[str, str]:
+def of_group(rows: list[Row]) -> dict[str, str]:
     measured = [row for row in rows if "context" in row]
     steps = [row for row in measured if not row["fit"]]
     return {
@@ -236,28 +188,3 @@ def tables(rows: list[Row]) -> dict[str, str]:
         "slopes": slopes(steps),
         "fit": fitting([row for row in measured if row["fit"]]),
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/serve.json")
-    parser.add_argument(
-        "--first-token", type=Path, default=ROOT / "benchmarks/results/first_token.json"
-    )
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/evidence/results.md")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    args = parser.parse_args()
-    rows = [row for row in json.loads(args.results.read_text()) if "error" not in row]
-    for prefix, group in GROUPS.items():
-        some = latest([row for row in rows if (row["gpu"], row["model"]) == group])
-        put(args.page, {prefix + name: text for name, text in tables(some).items()})
-        if not prefix:
-            put(args.readme, {"headline": headline(some)})
-        if prefix in PICTURES:
-            draw(some, args.page.with_name(PICTURES[prefix]))
-    runs = json.loads(args.first_token.read_text())
-    put(args.page, {"first tokens": first_tokens(runs)})
-
-
-if __name__ == "__main__":
-    main()

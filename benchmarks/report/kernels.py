@@ -1,28 +1,26 @@
-"""The tables of docs/evidence/performance.md, from benchmarks/results/decode.json and layer.json.
-
-    python benchmarks/tables.py [--write]
-
-Prints them; `--write` puts them between the markers of the page instead.
-"""
+"""The tables of decode attention and of a layer's launches."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from pages import put
+from benchmarks.record import load
+from fourier_vllm.evaluation.report import table
 
-from fourier_vllm.evaluation.report import table as markdown
-
-ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
     "shape", "recipe", "batch", "context", "floor", "ours (spread)", "of copy bandwidth", "GB/s",
     "FA3 bf16", "FA3 fp8", "TurboQuant", "ours / FA3 bf16",
 )  # fmt: skip
 NUM_NAMES = 2  # columns of text; the others are numbers
 LAUNCHES = ("store", "columns", "pages", "raw", "reduce")
+
+
+def tables(results: Path) -> dict[str, str]:
+    return {
+        "decode table": decode(load(results / "decode.json")),
+        "layer table": layers(load(results / "layer.json")),
+    }
 
 
 def microseconds(x: float | None) -> str:
@@ -48,7 +46,8 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def decode(rows: list[dict[str, Any]]) -> str:
+    """A line a case: shape, recipe, batch, context."""
     shapes, recipes = (list(dict.fromkeys(row[x] for row in rows)) for x in ("shape", "recipe"))
 
     def place(row: dict[str, Any]) -> tuple[int, ...]:
@@ -56,7 +55,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         return *where, row["batch"], row["context"]
 
     rows = sorted(rows, key=place)
-    return "\n".join(markdown(COLUMNS, map(cells, rows), NUM_NAMES))
+    return "\n".join(table(COLUMNS, map(cells, rows), NUM_NAMES))
 
 
 def layers(rows: list[dict[str, Any]]) -> str:
@@ -73,25 +72,4 @@ def layers(rows: list[dict[str, Any]]) -> str:
         for row in sorted(rows, key=lambda row: (row["context"], row["batch"]))
     ]
     head = ("batch", "context", "the whole layer", "FA3 with storing", "ours / FA3", *LAUNCHES)
-    return "\n".join(markdown(head, lines, 0))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/decode.json")
-    parser.add_argument("--layers", type=Path, default=ROOT / "benchmarks/results/layer.json")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/evidence/performance.md")
-    parser.add_argument("--write", action="store_true", help="into the page, between its markers")
-    args = parser.parse_args()
-    made = {
-        "decode table": table(json.loads(args.results.read_text())),
-        "layer table": layers(json.loads(args.layers.read_text())),
-    }
-    if args.write:
-        put(args.page, made)
-    else:
-        print(*made.values(), sep="\n\n")
-
-
-if __name__ == "__main__":
-    main()
+    return "\n".join(table(head, lines, 0))

@@ -1,6 +1,6 @@
 """Decode attention of one layer and sealing: ours, the floor, and FlashAttention 3 over raw paged KV.
 
-    python benchmarks/kernels.py [--quick] [--out benchmarks/results]
+    python -m benchmarks.attention [--quick] [--out FOLDER]
 
 Needs a GPU. Every time is the median of runs with a cold L2 cache, of a captured graph of all launches;
 the floor is the bytes that must be read over the copy bandwidth measured in the same process.
@@ -9,7 +9,6 @@ the floor is the bytes that must be read over the copy bandwidth measured in the
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -19,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from turboquant import turboquant
 
+from benchmarks.record import RESULTS, save
+from benchmarks.turboquant import turboquant
 from fourier_vllm.calibration.allocate_layer import allocate_bits, page_budget
 from fourier_vllm.evaluation.machine import commit, machine, versions
 from fourier_vllm.kernels.gpu import decode, decode_raw, seal
@@ -31,7 +31,6 @@ from fourier_vllm.kernels.gpu.step import Batch, Tokens
 from fourier_vllm.kernels.gpu.tables import Tables
 from fourier_vllm.page import PageLayout
 
-ROOT = Path(__file__).resolve().parent.parent
 W, SINKS, WINDOW, BLOCK = 128, 16, 256, 16
 SHAPES = {
     "llama-3.1-8b": (32, 8, 128),
@@ -279,7 +278,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the four cases of the goals")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
@@ -290,7 +289,7 @@ def main() -> None:
     sealed = sealing(timer) | {"first_call_s": compiled, "copy_tb_per_s": bandwidth / 1e6}
     sealed |= {"gpu": torch.cuda.get_device_name(), "commit": commit(), **versions()}
     print(sealed, flush=True)
-    (args.out / "seal.json").write_text(json.dumps(sealed, indent=1) + "\n")
+    save(args.out / "seal.json", sealed)
     goals = [("llama-3.1-8b", recipe, *case) for recipe in RECIPES for case in sorted(GOALS)]
     cases = [(n, "balanced", b, c) for n in SHAPES for c in CONTEXTS for b in BATCHES]
     rows = []
@@ -301,7 +300,7 @@ def main() -> None:
         row = measure(timer, bandwidth, name, recipe, batch, context)
         rows.append(row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-        (args.out / "decode.json").write_text(json.dumps(rows, indent=1) + "\n")
+        save(args.out / "decode.json", rows)
     print(machine("cuda"), versions())
 
 

@@ -1,21 +1,22 @@
-"""The tables of docs/evidence/trust.md and of needles in docs/use/recipes.md, from benchmarks/results/.
-
-python benchmarks/trust_report.py [--page docs/evidence/trust.md] [--recipes docs/use/recipes.md]
-"""
+"""Tables of what was compared with stock vLLM, of needles, hits and prefix capacity."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from pages import put
-
+from benchmarks.record import load
 from fourier_vllm.evaluation.report import table
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks/results"
+
+def tables(results: Path) -> dict[str, str]:
+    return {
+        "comparisons": comparisons(load(results / "trust.json")),
+        "prefix capacity": capacities(load(results / "prefix_capacity.json")),
+        "hit cost": hits(load(results / "hit_cost.json")),
+        "served": served(load(results / "serve_vllm033.json")),
+        "needles": needles(load(results / "needles_predicted.json")),
+    }
 
 
 def comparisons(rows: list[dict[str, Any]]) -> str:
@@ -91,26 +92,3 @@ def needles(results: list[dict[str, Any]]) -> str:
 
     lines = [[engine, *(cell(rows, engine) for rows in found)] for engine in engines]
     return "\n".join(table(head, lines, 1))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/evidence/trust.md")
-    parser.add_argument("--recipes", type=Path, default=ROOT / "docs/use/recipes.md")
-    args = parser.parse_args()
-
-    def load(name: str) -> Any:
-        return json.loads((RESULTS / name).read_text())
-
-    made = {
-        "comparisons": comparisons(load("trust.json")),
-        "prefix capacity": capacities(load("prefix_capacity.json")),
-        "hit cost": hits(load("hit_cost.json")),
-        "served": served(load("serve_vllm033.json")),
-    }
-    put(args.page, made)
-    put(args.recipes, {"needles": needles(load("needles_predicted.json"))})
-
-
-if __name__ == "__main__":
-    main()
