@@ -21,25 +21,20 @@ from fourier_vllm.config import FourierConfig
 from fourier_vllm.engine.cache.local_cache import SUFFIX, FourierLocalBackend, FourierLocalCache
 from fourier_vllm.engine.cache.specs import FourierLocalSpec, FourierPageSpec
 from fourier_vllm.engine.cpu import sliding
+from fourier_vllm.engine.fingerprint import compressed_layers
 from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
 from fourier_vllm.engine.model_weights import Ancestry, UnreadableError, can_read, read_projections
 from fourier_vllm.engine.platform import NAME
-from fourier_vllm.engine.recipe_choice import (
-    compressed_layers,
-    engine_recipe,
-    id_bytes,
-    layer_layout,
-    num_local_groups,
-)
 from fourier_vllm.engine.refuse import (
     WAY_OUT,
     check_built,
-    check_config,
     check_layer,
     check_reload,
     check_shape,
     no_recipe,
 )
+from fourier_vllm.engine.sizes import id_bytes, layer_layout, num_local_groups, window_of
+from fourier_vllm.engine.startup import resolve
 from fourier_vllm.kernels.reference.codec import PageCodec
 from fourier_vllm.page import PAGE_ALIGNMENT
 
@@ -112,7 +107,7 @@ class FourierImpl(AttentionImpl):
             extra=extra,
         )
         self.vllm_config = get_current_vllm_config()
-        self._engine = check_config(self.vllm_config)
+        self._engine = resolve(self.vllm_config)
         if sliding_window is None:
             check_shape(self.vllm_config, num_heads, num_kv_heads or num_heads, head_size)
         self.num_heads = num_heads
@@ -160,7 +155,7 @@ class FourierImpl(AttentionImpl):
         if self.local is not None:
             check_reload(self.is_derived_from_dummies)
             return
-        engine = engine_recipe(self.vllm_config)
+        engine = self._engine
         load_format = self.vllm_config.load_config.load_format
         self.is_derived_from_dummies = engine.recipe is None and load_format == "dummy"
         dtype = layer.kv_cache_torch_dtype
@@ -185,7 +180,7 @@ class FourierImpl(AttentionImpl):
         self.layout = layer_layout(engine, ordinal, rank, world, dtype.itemsize, projections)
         pages_bytes = id_bytes(engine, world, self.layout)
         raw_bytes = engine.fingerprint.num_layers * self.layout.raw_bytes
-        self.window = engine.window(raw_bytes / pages_bytes)
+        self.window = window_of(engine, raw_bytes / pages_bytes)
         if self.has_kernels(device):
             self.gpu = self._gpu_path(dtype, device)
             # Sleep at level 2 discards what is allocated here, and restores buffers in place.

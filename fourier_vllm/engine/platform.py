@@ -39,21 +39,6 @@ def is_selected(vllm_config: Any) -> bool:
     return member() in (attention.backend, *per_kind.values())
 
 
-def leave_sliding_windows(vllm_config: Any) -> None:
-    """Choose FOURIER for full attention alone where layers with a sliding window stand beside it.
-
-    There is nothing to compress in those: vLLM chooses their backend as if FOURIER were not there.
-    """
-    from fourier_vllm.engine.recipe_choice import compressed_layers
-
-    attention, model = vllm_config.attention_config, vllm_config.model_config
-    if attention.backend is not member():
-        return
-    if len(compressed_layers(model)) < model.hf_text_config.num_hidden_layers:
-        attention.backend = None
-        attention.backend_per_kind.setdefault("full_attention", member())
-
-
 def install() -> None:
     """Register the name, wrap the platform's hooks and apply patches; a second call does nothing."""
     from vllm.platforms import current_platform
@@ -78,18 +63,9 @@ def _wrap_config_check(platform: Any) -> None:
 
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
         if is_selected(vllm_config):
-            from fourier_vllm.engine.kv_scheme import leave_kv_scheme
-            from fourier_vllm.engine.patches import engine_startup
-            from fourier_vllm.engine.refuse import check_config
-            from fourier_vllm.engine.start_log import log_predicted
+            from fourier_vllm.engine.startup import settle
 
-            engine_startup.listen()
-            leave_kv_scheme(vllm_config)
-            engine = check_config(vllm_config)
-            if engine.recipe is None:
-                log_predicted(engine.target, vllm_config.load_config.load_format == "dummy")
-            if vllm_config.device_config.device_type != "cpu":
-                leave_sliding_windows(vllm_config)
+            settle(vllm_config)
         original(cls, vllm_config)
 
     platform.check_and_update_config = classmethod(check_and_update_config)

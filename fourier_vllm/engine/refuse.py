@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from packaging.version import Version
 
 from fourier_vllm._text import SUBJECT, show
 from fourier_vllm.config import FourierConfig
 from fourier_vllm.engine.platform import member
-
-if TYPE_CHECKING:
-    from fourier_vllm.engine.recipe_choice import EngineRecipe
 
 SUPPORTED_VLLM = (Version("0.32"), Version("0.34"))
 WAY_OUT = "leave out --attention-backend fourier for this model"
@@ -43,35 +40,32 @@ def check_vllm_version(found: str | None = None) -> None:
         )
 
 
-def check_config(vllm_config: Any) -> EngineRecipe:
-    """Refuse what the engine's configuration alone shows to be unsupported; returns the recipe it runs.
+def check_engine(vllm_config: Any) -> None:
+    """Refuse what the engine's configuration alone shows to be unsupported.
 
     Raises
     ------
     ValueError
         The first problem found, in a sentence that begins with the backend's name.
     """
-    from fourier_vllm.engine import own_recipe
-    from fourier_vllm.engine.recipe_choice import engine_recipe
-
     check_vllm_version()
     for problem, way_out in _problems(vllm_config):
         raise ValueError(f"{SUBJECT} does not support {problem}: {way_out}.")
-    try:
-        own_recipe.settle(vllm_config)
-        engine = engine_recipe(vllm_config)
-    except ValueError as error:
-        # A recipe's own sentence, the one that the command line shows as well.
-        if str(error).startswith(SUBJECT):
-            raise
-        raise ValueError(f"{SUBJECT}: {error}") from None
-    if engine.recipe is None:
-        for problem in _replaced_weights(vllm_config):
-            raise ValueError(
-                f"{SUBJECT} cannot derive a recipe from dummy weights that others replace ({problem}): "
-                f"{RECIPE_OUT}."
-            )
-    return engine
+
+
+def check_replaced_weights(vllm_config: Any) -> None:
+    """Refuse a recipe that is derived from weights which others replace later.
+
+    Raises
+    ------
+    ValueError
+        The first option found that replaces them.
+    """
+    for problem in _replaced_weights(vllm_config):
+        raise ValueError(
+            f"{SUBJECT} cannot derive a recipe from dummy weights that others replace ({problem}): "
+            f"{RECIPE_OUT}."
+        )
 
 
 def _problems(vllm_config: Any) -> Iterator[tuple[str, str]]:

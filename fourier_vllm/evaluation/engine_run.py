@@ -44,7 +44,7 @@ def evaluate_engine(options: Options) -> dict[str, Any]:
     ValueError
         Model, recipes, text or context do not fit each other, or vLLM cannot run them.
     """
-    from fourier_vllm.engine.recipe_choice import fingerprint_of
+    from fourier_vllm.engine.fingerprint import fingerprint_of
 
     tokenizer = load_tokenizer(options.model)
     longest = options.context + BEHIND_TOKENS

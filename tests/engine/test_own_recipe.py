@@ -14,7 +14,9 @@ import pytest
 from fourier_vllm.engine import own_recipe
 from fourier_vllm.engine import recipe_choice as recipes
 from fourier_vllm.engine import start_log as report
-from fourier_vllm.engine.recipe_choice import engine_recipe, fingerprint_of
+from fourier_vllm.engine.fingerprint import fingerprint_of
+from fourier_vllm.engine.recipe_choice import engine_recipe
+from fourier_vllm.engine.startup import resolve
 from fourier_vllm.recipe import target_recipe
 from tests.engine.test_refuse import check_sentence, refusal
 from tests.support.scheduling import LLAMA, engine_config
@@ -87,15 +89,13 @@ def test_made_once_and_found_again(cache, model, calibrations):
 
 def test_workers_only_read(cache, model, calibrations, monkeypatch):
     """What they are sent names a file."""
-    from fourier_vllm.engine.refuse import check_config
-
     config = start(model, {"prefill": "exact"})
     monkeypatch.setattr(own_recipe, "_make", lambda *_: pytest.fail("a worker calibrates"))
     (path,) = cache.glob("*.json")
     path.unlink()
     recipes._load.cache_clear()
     with pytest.raises(ValueError, match="does not exist"):
-        check_config(config)
+        resolve(config)
     assert config.additional_config["fourier"]["prefill"] == "exact"
 
 

@@ -21,9 +21,9 @@ from fourier_vllm.engine.platform import (
     BACKEND_PATH,
     NAME,
     is_selected,
-    leave_sliding_windows,
     member,
 )
+from fourier_vllm.engine.startup import leave_sliding_windows
 from tests.support.scheduling import LLAMA, engine_config
 
 SELECTOR = AttentionSelectorConfig(

@@ -13,12 +13,12 @@ from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttentio
 
 from fourier_vllm.engine.refuse import (
     check_built,
-    check_config,
     check_layer,
     check_reload,
     check_vllm_version,
     no_recipe,
 )
+from fourier_vllm.engine.startup import settle
 from fourier_vllm.recipe import ModelFingerprint, target_recipe
 from tests.support.scheduling import LLAMA, engine_config
 
@@ -161,11 +161,11 @@ def test_recipes_from_weights_that_are_replaced(tmp_path, part, option, words):
         return config
 
     with pytest.raises(ValueError, match="cannot derive a recipe") as caught:
-        check_config(config_of())
+        settle(config_of())
     check_sentence(str(caught.value), words, "name a recipe in the option `recipe`")
-    check_config(config_of(additional_config={"fourier": {"target": "lossless"}}))
+    settle(config_of(additional_config={"fourier": {"target": "lossless"}}))
     if "dummy" in words:
-        check_config(config_of(load_format="auto"))
+        settle(config_of(load_format="auto"))
 
 
 def test_weights_that_replace_dummies():

@@ -26,7 +26,8 @@ from vllm.v1.request import Request
 from fourier_vllm.config import Geometry
 from fourier_vllm.engine.cache.local_cache import SUFFIX
 from fourier_vllm.engine.cache.specs import FourierLocalSpec, FourierPageSpec
-from fourier_vllm.engine.recipe_choice import EngineRecipe, id_bytes, layer_layout, num_local_groups
+from fourier_vllm.engine.recipe_choice import EngineRecipe
+from fourier_vllm.engine.sizes import id_bytes, layer_layout, num_local_groups, window_of
 from fourier_vllm.recipe import LayerRecipe, ModelFingerprint, Provenance, Recipe
 from fourier_vllm.window import Window
 from tests.support.planner import plan_caches
@@ -467,7 +468,7 @@ def planned(config, layers, local_block_size=None, prefill="windowed", length=20
     for i in range(len(layers)):
         layout = layer_layout(engine, i, 0, 1, 2, None)
         total = id_bytes(engine, 1, layout)
-        window = engine.window(len(layers) * layout.raw_bytes / total)
+        window = window_of(engine, len(layers) * layout.raw_bytes / total)
         block_bytes = layout.raw_bytes // window.page_size * window.block_size
         groups = num_local_groups(len(layers), total, block_bytes)
         shape: dict[str, Any] = dict(num_kv_heads=8, head_size=128)

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 from fourier_vllm.config import FourierConfig
-from fourier_vllm.engine.recipe_choice import EngineRecipe, layer_layout, page_sizes
+from fourier_vllm.engine.recipe_choice import EngineRecipe
+from fourier_vllm.engine.sizes import layer_layout, page_layout, page_sizes
 from fourier_vllm.recipe import LayerRecipe, ModelFingerprint, Provenance, Recipe, target_recipe
 
 SHAPE = ModelFingerprint(
@@ -47,6 +48,6 @@ def test_page_sizes_are_no_pattern(v_bits: tuple[int, ...]) -> None:
     sizes = page_sizes(engine, 1, 2)
     counts = Counter(sizes)
     assert len(counts) == 1 or len(set(counts.values())) > 1
-    alone = [engine.layout(layer, 2).page_bytes for layer in engine.recipe.layers]
+    alone = [page_layout(engine, layer, 2).page_bytes for layer in engine.recipe.layers]
     assert all(a <= b for a, b in zip(alone, sizes, strict=True))
     assert sum(a != b for a, b in zip(alone, sizes, strict=True)) <= 1

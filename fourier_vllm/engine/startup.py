@@ -1,0 +1,78 @@
+"""The start of an engine, once, in the process that makes its configuration: check, settle, resolve.
+
+vLLM calls `settle` through the platform's hook before anything is spawned or loaded. Workers get the settled
+configuration; their layers call `resolve`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fourier_vllm._text import SUBJECT
+from fourier_vllm.engine import own_recipe
+from fourier_vllm.engine.fingerprint import compressed_layers
+from fourier_vllm.engine.kv_scheme import leave_kv_scheme
+from fourier_vllm.engine.patches import engine_startup
+from fourier_vllm.engine.platform import member
+from fourier_vllm.engine.recipe_choice import EngineRecipe, engine_recipe
+from fourier_vllm.engine.refuse import check_engine, check_replaced_weights
+from fourier_vllm.engine.start_log import log_predicted
+
+
+def settle(vllm_config: Any) -> None:
+    """Refuse what cannot work, and put what the plugin chooses into the engine's configuration.
+
+    Raises
+    ------
+    ValueError
+        The first problem found, in a sentence that begins with the backend's name.
+    """
+    engine_startup.listen()
+    leave_kv_scheme(vllm_config)
+    check_engine(vllm_config)
+    with _named():
+        own_recipe.settle(vllm_config)
+    engine = resolve(vllm_config)
+    if engine.recipe is None:
+        check_replaced_weights(vllm_config)
+        log_predicted(engine.target, vllm_config.load_config.load_format == "dummy")
+    if vllm_config.device_config.device_type != "cpu":
+        leave_sliding_windows(vllm_config)
+
+
+def resolve(vllm_config: Any) -> EngineRecipe:
+    """The recipe of a settled configuration.
+
+    Raises
+    ------
+    ValueError
+        Options or recipe cannot work.
+    """
+    with _named():
+        return engine_recipe(vllm_config)
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """A recipe's own sentence, which the command line shows as well, begins with the backend's name here."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(SUBJECT):
+            raise
+        raise ValueError(f"{SUBJECT}: {error}") from None
+
+
+def leave_sliding_windows(vllm_config: Any) -> None:
+    """Choose FOURIER for full attention alone where layers with a sliding window stand beside it.
+
+    There is nothing to compress in those: vLLM chooses their backend as if FOURIER were not there.
+    """
+    attention, model = vllm_config.attention_config, vllm_config.model_config
+    if attention.backend is not member():
+        return
+    if len(compressed_layers(model)) < model.hf_text_config.num_hidden_layers:
+        attention.backend = None
+        attention.backend_per_kind.setdefault("full_attention", member())
