@@ -65,7 +65,8 @@ def test_tokens_equal_stock(toy, stock, on_the_gpu_path, prefill):
     fourier = KERNELS_LOSSLESS | {"prefill": prefill}
     with engine(toy(), fourier, **SMALL) as llm, poison_free_blocks(llm):
         layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-        assert layers["model.layers.0.self_attn.attn"].impl.gpu is not None
+        path = layers["model.layers.0.self_attn.attn"].impl.bound.path
+        assert type(path).__name__ == "GpuPath"
         assert turns(llm) == stock
 
 
@@ -92,7 +93,7 @@ class Memory(SleepModeBackend):
         layers = runner.compilation_config.static_forward_context.values()
         seen: set[int] = set()
         self.layers = [layer for layer in layers if hasattr(layer, "impl")]
-        self.ours = [x for layer in self.layers for x in tensors_in(layer.impl.gpu, seen)]
+        self.ours = [x for layer in self.layers for x in tensors_in(layer.impl.bound.path, seen)]
         self.weights = [*runner.model.parameters(), *runner.model.buffers(), *self.ours]
         self.caches = [layer.kv_cache for layer in layers]
 

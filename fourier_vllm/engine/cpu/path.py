@@ -15,12 +15,37 @@ from fourier_vllm.engine.metadata import LayerStep
 from fourier_vllm.kernels.cpu import decode as decode_cpu
 from fourier_vllm.kernels.reference.attention import decode_attention
 from fourier_vllm.kernels.reference.codec import PageCodec
+from fourier_vllm.page import PageLayout
+from fourier_vllm.window import Window
+
+
+class CpuPath:
+    """Codec and sizes of one layer."""
+
+    def __init__(
+        self,
+        layout: PageLayout,
+        window: Window,
+        scale: float,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.codec, self.window, self.scale = PageCodec(layout, dtype, device), window, scale
+        decode_cpu.warm_up(self.codec, dtype)
+
+    def prepare(self) -> None:
+        """A step's scratch is small."""
+
+    def run(self, step: LayerStep) -> None:
+        """One layer of one step."""
+        plan = step.metadata.plan(step.local_metadata, self.window)
+        run_step(self.codec, plan, step, self.scale, self.window.sink_tokens)
 
 
 def run_step(
     codec: PageCodec, plan: StepPlan, step: LayerStep, scale: float, sink_tokens: int
 ) -> None:
-    """One layer of one step."""
+    """One layer of one step whose plan is made."""
     q, k, v, cache, local, output, *_ = step
     pages = cache[:, 0, 0]
     store(local, plan.store_cells, k[plan.store], v[plan.store])
