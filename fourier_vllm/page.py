@@ -75,6 +75,11 @@ def align(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
+def run_of(n: int) -> int:
+    """E of fragment order, the words of a lane that lie together, of `n` runs of dims."""
+    return next(run for run in (4, 2, 1) if n % run == 0)
+
+
 def head_starts(dims: Sequence[int], head_size: int, num_heads: int) -> list[int]:
     """Where each head begins among `dims` (head * D + dim) sorted by head, and the end: H + 1 places."""
     return [bisect_left(dims, head * head_size) for head in range(num_heads + 1)]

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from fourier_vllm.kernels.basis import dct_basis, rotation
-from fourier_vllm.kernels.reference.codecs import dequantize, quantize, range_share
+from fourier_vllm.kernels.ranges import range_share
+from fourier_vllm.kernels.reference.codecs import dequantize, quantize
 from fourier_vllm.window import pages_before
 
 # Queries of each document that are followed; more of them change little and cost attention weights.

@@ -38,7 +38,7 @@ from fourier_vllm.kernels.gpu.split import (
 )
 from fourier_vllm.kernels.gpu.step import Batch
 from fourier_vllm.kernels.gpu.tables import MIN_ROWS, Tables, next_power_of_2
-from fourier_vllm.kernels.reference.codecs_fragments import run_of
+from fourier_vllm.page import run_of
 
 
 @triton.jit

@@ -10,7 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FP16_MAX = tl.constexpr(65504.0)
+from fourier_vllm.kernels import ranges
+
+FP16_MAX = tl.constexpr(ranges.FP16_MAX)
 
 
 def _unpack_asm(pick: str, offset: str = "0x64006400") -> tl.constexpr:

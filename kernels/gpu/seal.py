@@ -21,8 +21,8 @@ from fourier_vllm.kernels.gpu.split import BATCH_POINTERS, TL_DTYPES
 from fourier_vllm.kernels.gpu.step import Tokens
 from fourier_vllm.kernels.gpu.store import store_tokens
 from fourier_vllm.kernels.gpu.tables import Tables, next_power_of_2
-from fourier_vllm.kernels.reference.codecs import range_share
-from fourier_vllm.kernels.reference.codecs_fragments import run_of
+from fourier_vllm.kernels.ranges import range_share
+from fourier_vllm.page import run_of
 
 PROGRAMS_PER_SM = 2  # as many as registers hold
 TOKENS_AT_ONCE = 16  # stored by a program

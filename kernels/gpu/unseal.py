@@ -16,7 +16,7 @@ from fourier_vllm.kernels.gpu.seal_fragments import swapped
 from fourier_vllm.kernels.gpu.split import BATCH_POINTERS, TL_DTYPES
 from fourier_vllm.kernels.gpu.step import Tokens
 from fourier_vllm.kernels.gpu.tables import Tables, next_power_of_2
-from fourier_vllm.kernels.reference.codecs_fragments import run_of
+from fourier_vllm.page import run_of
 
 
 @triton.jit

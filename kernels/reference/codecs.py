@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 
 from fourier_vllm.kernels.basis import dct_basis, rotation
+from fourier_vllm.kernels.ranges import FP16_MAX, range_share
 from fourier_vllm.page import ChannelPlanes, PageLayout, Plane, TokenPlanes
-
-FP16_MAX = torch.finfo(torch.float16).max
 
 
 def read_plane(pages: torch.Tensor, plane: Plane, dtype: torch.dtype) -> torch.Tensor:
@@ -43,12 +42,6 @@ def step_of(scale: torch.Tensor) -> torch.Tensor:
     """Divisor `[..., 1]` for an fp16 scale `[...]`, which may be zero."""
     step = scale.float()
     return torch.where(step > 0, step, 1.0)[..., None]
-
-
-def range_share(bits: int) -> float:
-    """Share of the range of a token's values that its codes span: at 2 bits, finer steps are worth more
-    than the ends of the range."""
-    return 0.9 if bits == 2 else 1.0
 
 
 def quantize(

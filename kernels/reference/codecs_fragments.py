@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fourier_vllm.kernels.basis import fragment_basis
+from fourier_vllm.kernels.ranges import FP16_MAX
 from fourier_vllm.kernels.reference.codecs import (
-    FP16_MAX,
     ChannelCodec,
     TokenCodec,
     pack,
@@ -15,7 +15,7 @@ from fourier_vllm.kernels.reference.codecs import (
     read_plane,
     unpack,
 )
-from fourier_vllm.page import COLUMN_GROUP, ChannelPlanes, PageLayout, TokenPlanes
+from fourier_vllm.page import COLUMN_GROUP, ChannelPlanes, PageLayout, TokenPlanes, run_of
 
 BIAS = 128  # of a coefficient: unsigned bytes need no sign
 
@@ -38,11 +38,6 @@ def columns_from_fragments(x: torch.Tensor) -> torch.Tensor:
     P, N, n = x.shape
     words = swap(x.view(P, N // COLUMN_GROUP, 8, n // 8, COLUMN_GROUP))  # i g r c
     return words.permute(0, 1, 4, 3, 2).reshape(P, N, n)
-
-
-def run_of(n: int) -> int:
-    """E, the words of a lane that lie together, of n runs of dims."""
-    return next(run for run in (4, 2, 1) if n % run == 0)
 
 
 def rows_to_fragments(x: torch.Tensor) -> torch.Tensor:

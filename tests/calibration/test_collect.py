@@ -20,7 +20,8 @@ from fourier_vllm.calibration.statistics import KEY_BITS, VALUE_BITS, Sums
 from fourier_vllm.calibration.text import cut, read_text
 from fourier_vllm.evaluation.held_out import score, through_pages
 from fourier_vllm.kernels.basis import rotation
-from fourier_vllm.kernels.reference.codecs import dequantize, quantize, range_share
+from fourier_vllm.kernels.ranges import range_share
+from fourier_vllm.kernels.reference.codecs import dequantize, quantize
 from fourier_vllm.recipe import TARGETS, Provenance, Recipe, RecipeError, target_recipe
 from fourier_vllm.recipe.describe import layouts, ratio_of
 

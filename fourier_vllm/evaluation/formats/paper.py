@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fourier_vllm.evaluation.formats.base import RAW_BITS, Held, bits_per_value
-from fourier_vllm.kernels.reference.codecs import FP16_MAX
+from fourier_vllm.kernels.ranges import FP16_MAX
 from fourier_vllm.recipe import ModelFingerprint, paper_pyramid
 
 STATES_SHARE = 1 / 32  # coefficients a token of the window: 1024 at 32k in the paper

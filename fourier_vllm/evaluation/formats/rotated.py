@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fourier_vllm.evaluation.formats.base import RAW_BITS, Held, bits_per_value
 from fourier_vllm.kernels.basis import rotation
-from fourier_vllm.kernels.reference.codecs import FP16_MAX
+from fourier_vllm.kernels.ranges import FP16_MAX
 from fourier_vllm.recipe import ModelFingerprint
 
 # The levels shorten a vector; the kept norm makes up for it, as in vLLM's presets `turboquant_*_nc`.
