@@ -60,7 +60,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "hit_cost.json")
     args = parser.parse_args()
     model, tokenizer = load(args.model or small_model())
-    recipes = {t: find_bundled(fingerprint_of(model), t) for t in args.targets}
+    bundled = {t: find_bundled(fingerprint_of(model), t) for t in args.targets}
+    recipes = {target: recipe for target, recipe in bundled.items() if recipe is not None}
+    if len(recipes) < len(bundled):
+        parser.error(f"no recipes ship for this model and {', '.join(args.targets)}")
     # A recipe without a window reads everything from pages, as a hit does.
     kinds = [
         (target, name, recipe.model_copy(update={"local_window": window}))

@@ -89,7 +89,13 @@ class Fourier:
             plan, tokens = self.path.plan(step)
             columns, pages, raw, join = self.path.decode_work(plan, step)
             store = partial(seal, self.path.tables, tokens, plan.slots)
-            work = {"store": store, "columns": columns, "pages": pages, "raw": raw, "reduce": join}
+            work: dict[str, Callable[[], Any]] = {
+                "store": store,
+                "columns": columns,
+                "pages": pages,
+                "raw": raw,
+                "reduce": join,
+            }
             work[which]()
 
 
