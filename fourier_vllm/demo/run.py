@@ -7,8 +7,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fourier_vllm.demo.fetch import cache_dir, fetch
+from fourier_vllm.demo.fetch import fetch
 from fourier_vllm.demo.server import Server
+from fourier_vllm.files import cache_dir
 
 MAX_MODEL_LEN = 8192
 SERVED_NAME = "demo"

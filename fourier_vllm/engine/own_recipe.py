@@ -17,8 +17,8 @@ from typing import Any
 from fourier_vllm._text import clip
 from fourier_vllm.calibration.hf_model import model_name
 from fourier_vllm.config import OWN_TEXT, FourierConfig
-from fourier_vllm.demo.fetch import cache_dir, locked
 from fourier_vllm.engine.start_log import logger
+from fourier_vllm.files import cache_dir, locked
 from fourier_vllm.recipe import FORMAT, MEASURED_TARGET
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")

@@ -15,7 +15,8 @@ import requests
 
 from fourier_vllm.demo import fetch as module
 from fourier_vllm.demo import gguf as from_gguf
-from fourier_vllm.demo.fetch import FetchError, cache_dir, extract_gguf, fetch, manifest_problem
+from fourier_vllm.demo.fetch import FetchError, extract_gguf, fetch, manifest_problem
+from fourier_vllm.files import cache_dir
 
 GGUF = b"GGUF" + bytes(3000)
 

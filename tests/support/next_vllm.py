@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from fourier_vllm.demo.fetch import cache_dir
+from fourier_vllm.files import cache_dir
 
 NEXT = "0.33.0"
 UNREACHABLE = r"from versions: none|connection broken|timed out|IncompleteRead|No module named pip"
