@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from fourier_vllm.calibration.allocate_layer import cost_bytes
-from fourier_vllm.calibration.predict import (
-    layer_recipe,
+from fourier_vllm.calibration.predict import layer_recipe, page_bytes_for, weight_recipe
+from fourier_vllm.calibration.weight_statistics import (
     missed_share,
-    page_bytes_for,
     query_energy,
     residual_energy,
-    weight_recipe,
     weight_statistics,
 )
 from fourier_vllm.page import PageLayout
