@@ -1,68 +1,17 @@
-"""Recipes: round trips, refusals in one sentence, slices of ranks, and fuzzing."""
+"""Recipes: round trips, refusals in one sentence, slices of ranks."""
 
 import copy
-import importlib.resources
 import json
 import os
 import stat
-import time
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fourier_vllm.recipe import (
-    TARGETS,
-    LayerRecipe,
-    ModelFingerprint,
-    Provenance,
     Recipe,
     RecipeError,
-    find_bundled,
-    paper_counts,
-    target_recipe,
 )
-
-MODEL = ModelFingerprint(
-    architecture="LlamaForCausalLM",
-    num_layers=2,
-    num_heads=8,
-    num_kv_heads=4,
-    head_size=8,
-    rope_theta=100000.0,
-)
-VALID = {
-    "format": 1,
-    "name": "balanced",
-    "model": MODEL.model_dump(),
-    "page_size": 128,
-    "sink_tokens": 16,
-    "local_window": 256,
-    "coefficients": 4,
-    "coefficient_bits": 8,
-    "layers": [
-        {"k": [[h, 16, 8, 4, 2, 0, 0, 0] for h in (0, 2, 4, 8)], "v": 2},
-        {"k": [[0] * 8] * 4, "v": [[2 * h, 16, 8, 4, 2, 0, 0, 0] for h in (0, 1, 2, 4)]},
-    ],
-    "provenance": {"source": "calibrated", "text": "books", "tokens": 9, "kl": 0.01, "nll": -1},
-}
-
-
-def refusal(text) -> str:
-    """The one-line message with which `text` is refused, quickly."""
-    start = time.thread_time()
-    with pytest.raises(RecipeError) as caught:
-        Recipe.loads(text)
-    assert time.thread_time() - start < 5
-    return checked(caught.value)
-
-
-def checked(error) -> str:
-    message = str(error)
-    assert len(message.splitlines()) == 1
-    assert len(message) < 400
-    assert message.isascii()
-    return message
+from tests.support.recipes import MODEL, VALID, checked, refusal
 
 
 def test_round_trip(tmp_path):
@@ -213,45 +162,6 @@ def test_a_list_full_of_mistakes_is_refused_at_the_first():
 
 
 @pytest.mark.parametrize(
-    ("path", "word"),
-    [
-        ("/nowhere/r.json", "does not exist"),
-        ("/tmp", "is a directory"),
-        ("/dev/zero", "special file"),
-        ("a\0b", "cannot be read"),
-        ("x" * 5000, "cannot be read"),
-        ("~no_such_user/r.json", "cannot be read"),
-        ("two\nlines.json", "does not exist"),
-    ],
-)
-def test_refuses_paths(path, word):
-    with pytest.raises(RecipeError) as caught:
-        Recipe.load(path)
-    assert word in checked(caught.value)
-
-
-@pytest.mark.parametrize("path", ["/nowhere/r.json", "/tmp", "", "a\0b"])
-def test_refuses_to_save(path):
-    with pytest.raises(RecipeError) as caught:
-        Recipe.loads(json.dumps(VALID)).save(path)
-    assert "cannot be written" in checked(caught.value)
-
-
-def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "r.json"
-    path.write_text("old")
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RecipeError, match="No space left"):
-        Recipe.loads(json.dumps(VALID)).save(path)
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["r.json"]
-
-
-@pytest.mark.parametrize(
     ("field", "value", "words"),
     [
         ("architecture", "Qwen2ForCausalLM", ["'LlamaForCausalLM'", "'Qwen2ForCausalLM'"]),
@@ -296,140 +206,6 @@ def test_rank_slice_refuses(rank, world):
     checked(caught.value)
 
 
-def test_find_bundled(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.resources, "files", lambda _: tmp_path)
-    recipe = Recipe.loads(json.dumps(VALID))
-    (tmp_path / "a.json").write_text("broken")
-    (tmp_path / "b.txt").write_text("no recipe")
-    (tmp_path / "c.json").write_text(recipe.dumps())
-    (tmp_path / "d.json").write_text(recipe.model_copy(update={"name": "quality"}).dumps())
-    assert find_bundled(MODEL, "balanced") == recipe
-    assert find_bundled(MODEL, "quality").name == "quality"
-    assert find_bundled(MODEL, "compact") is None
-    assert find_bundled(MODEL.model_copy(update={"num_layers": 3}), "balanced") is None
-
-
-def test_every_bundled_recipe_loads():
-    for file in importlib.resources.files("fourier_vllm.recipes").iterdir():
-        if file.name.endswith(".json"):
-            recipe = Recipe.loads(file.read_bytes(), file.name)
-            assert recipe.name in TARGETS
-
-
-def test_lossless():
-    recipe = target_recipe(MODEL, "lossless", page_size=32)
-    assert recipe.coefficients == 0
-    assert all(layer == LayerRecipe(k=[[16] * 8] * 4, v=16) for layer in recipe.layers)
-    assert Recipe.loads(recipe.dumps()) == recipe
-
-
-@pytest.mark.parametrize("head_size", [8, 64, 80, 128])
-@pytest.mark.parametrize("num_layers", [1, 4, 24, 30, 32])
-def test_paper(num_layers, head_size):
-    model = MODEL.model_copy(update={"num_layers": num_layers, "head_size": head_size})
-    recipe = target_recipe(model, "paper")
-    assert (recipe.coefficients, recipe.coefficient_bits) == (16, 16)
-    counts = paper_counts(num_layers, head_size)
-    for layer, (k, v) in zip(recipe.layers, counts, strict=True):
-        assert all(row.count(16) == k and row.count(0) == head_size - k for row in layer.k)
-        assert all(row.count(16) == v and row.count(0) == head_size - v for row in layer.v)
-        assert k % 8 == v % 8 == 0
-    if num_layers == 32 and head_size == 128:
-        kept = sum(k + v for k, v in counts) / (2 * num_layers * head_size)
-        assert kept == pytest.approx(0.24, abs=0.02)
-
-
-@pytest.mark.parametrize("target", ["balanced", "nonsense"])
-def test_target_recipe_refuses(target):
-    with pytest.raises(RecipeError, match="target"):
-        target_recipe(MODEL, target)
-
-
 def test_schema_can_be_published():
     schema = Recipe.model_json_schema()
     assert set(VALID) == set(schema["properties"])
-
-
-def loads_or_refuses(text) -> None:
-    try:
-        recipe = Recipe.loads(text)
-    except RecipeError as error:
-        checked(error)
-    else:
-        assert Recipe.loads(recipe.dumps()) == recipe
-        recipe.rank_slice(0, 1).check_fits(recipe.model)
-
-
-@given(st.binary(max_size=200) | st.text(max_size=200))
-def test_any_text(text):
-    loads_or_refuses(text)
-
-
-@given(st.data())
-@settings(max_examples=200)
-def test_mutated_bytes(data):
-    text = bytearray(Recipe.loads(json.dumps(VALID)).dumps().encode())
-    for _ in range(data.draw(st.integers(1, 4))):
-        start = data.draw(st.integers(0, len(text)))
-        end = data.draw(st.integers(start, min(len(text), start + 20)))
-        text[start:end] = data.draw(st.binary(max_size=8) | st.sampled_from([b"0", b"1e9", b"["]))
-    loads_or_refuses(bytes(text))
-
-
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.sampled_from([0, 1, 2, 3, 4, 8, 16, 32, 64, 128, 10**400])
-    | st.floats()
-    | st.text(max_size=6),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner),
-    max_leaves=8,
-)
-
-
-@given(st.data())
-@settings(max_examples=300)
-def test_mutated_values(data):
-    document = copy.deepcopy(VALID)
-    for _ in range(data.draw(st.integers(1, 3))):
-        node = document
-        while True:
-            key = data.draw(
-                st.sampled_from(list(node) if isinstance(node, dict) else range(len(node)))
-            )
-            if (
-                not isinstance(node[key], (dict, list))
-                or not node[key]
-                or not data.draw(st.integers(0, 4))
-            ):
-                break
-            node = node[key]
-        node[key] = data.draw(JSON)
-    loads_or_refuses(json.dumps(document))
-
-
-@given(
-    st.builds(
-        Provenance,
-        source=st.sampled_from(["calibrated", "weights", "manual"]),
-        text=st.none() | st.text(max_size=20),
-        tokens=st.none() | st.integers(0, 1 << 62),
-        kl=st.none() | st.floats(allow_nan=False, allow_infinity=False),
-    ),
-    st.lists(
-        st.lists(st.sampled_from([0, 2, 4, 8, 16]), min_size=8, max_size=8), min_size=4, max_size=4
-    ),
-    st.sampled_from([2, 3, 4, 8, 16]),
-    st.sampled_from([32, 64, 128, 256]),
-)
-def test_any_recipe_survives_a_round_trip(provenance, k, v, page_size):
-    recipe = Recipe(
-        name="x",
-        model=MODEL,
-        page_size=page_size,
-        coefficients=page_size,
-        layers=(LayerRecipe(k=k, v=v), LayerRecipe(k=k, v=k)),
-        provenance=provenance,
-    )
-    assert Recipe.loads(recipe.dumps()) == recipe
