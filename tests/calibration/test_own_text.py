@@ -14,7 +14,7 @@ from fourier_vllm.calibration.collect import full_attention_layers
 from fourier_vllm.calibration.own_text import write, write_once
 from fourier_vllm.calibration.progress import Progress
 from fourier_vllm.recipe import Recipe
-from tests.calibration.test_collect import tiny
+from tests.support.tiny import tiny
 
 TOKENIZER = SimpleNamespace(bos_token_id=1, eos_token_id=2)
 
