@@ -14,7 +14,8 @@ from fourier_vllm.engine.cache.managers import FourierLocalManager
 from fourier_vllm.engine.cache.specs import FourierLocalSpec
 from fourier_vllm.window import Window
 from tests.support.fuzzing import finds, fuzz
-from tests.support.scheduling import ReadError, engine_config, local_spec
+from tests.support.scheduling import engine_config, local_spec
+from tests.support.stamps import ReadError
 from tests.support.traffic import MAX_CHUNK, MAX_MODEL_LEN, simulate
 
 SECONDS = 40

@@ -31,14 +31,8 @@ from fourier_vllm.engine.sizes import id_bytes, layer_layout, num_local_groups, 
 from fourier_vllm.recipe import LayerRecipe, ModelFingerprint, Provenance, Recipe
 from fourier_vllm.window import Window
 from tests.support.planner import plan_caches
-from tests.support.scheduling import (
-    LOCAL_GROUP,
-    PAGE_GROUP,
-    Engine,
-    engine_config,
-    local_spec,
-    page_spec,
-)
+from tests.support.scheduling import Engine, engine_config, local_spec, page_spec
+from tests.support.stamps import LOCAL_GROUP, PAGE_GROUP
 from tests.support.traffic import EXACT, WINDOWED, simulate
 
 WIDE = Window(page_size=64, local_window=96, sink_tokens=16, block_size=8, exact_prefill=False)

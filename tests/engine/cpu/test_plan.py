@@ -9,7 +9,8 @@ import torch
 
 from fourier_vllm.engine.cache.managers import FourierLocalManager
 from fourier_vllm.engine.cpu.plan import make_plan, raw_starts
-from tests.support.scheduling import Engine, ReadError, engine_config
+from tests.support.scheduling import Engine, engine_config
+from tests.support.stamps import ReadError
 from tests.support.traffic import EXACT, MAX_MODEL_LEN, WINDOWED, simulate
 
 
