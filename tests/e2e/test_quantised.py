@@ -16,6 +16,7 @@ from tests.support.engine import (
     KERNELS_LOSSLESS,
     LOSSLESS,
     assert_same_but_for_ties,
+    digest,
     engine,
     generate,
     prompts,
@@ -80,7 +81,7 @@ def test_online_int8(toy):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*FORMATS, "fp8 online", "int8 online"])
-def test_on_a_gpu(toy, quantised, name):
+def test_on_a_gpu(toy, quantised, name, record_property):
     """Checkpoints of every format, and weights quantised while they are loaded; with CUDA graphs."""
     options = GPU | GRAPHS | dict(dtype="bfloat16")
     if name == "fp8 online":
@@ -90,6 +91,8 @@ def test_on_a_gpu(toy, quantised, name):
     else:
         model = quantised(name)
     stock, lossless = (run(model, x, **options) for x in (None, KERNELS_LOSSLESS))
+    record_property("stock", digest(tokens(stock)))
+    record_property("ours", digest(tokens(lossless)))
     assert_same_but_for_ties(lossless, stock, TIES["bfloat16"])
     derived = run(model, KERNELS_LOSSLESS | {"target": "balanced"}, **options)
     with pytest.raises(AssertionError, match="log-prob"):
