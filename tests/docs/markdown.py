@@ -48,11 +48,13 @@ class Block(NamedTuple):
 @cache
 def pages() -> tuple[Path, ...]:
     """Every Markdown file of the repository but what `eval` wrote, in order."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split()  # fmt: skip
-    files = (ROOT / name for name in listed if not name.startswith("benchmarks/results/"))
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode == 0:
+        names = listed.stdout.splitlines()
+    else:  # no clone: an unpacked archive
+        names = [*map(str, ROOT.glob("*.md")), *map(str, ROOT.glob("[!.]*/**/*.md"))]
+    files = (ROOT / name for name in names if "benchmarks/results/" not in name)
     return tuple(sorted(file for file in files if file.is_file()))
 
 
