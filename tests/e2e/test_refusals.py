@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.test_refuse import SIZES, check_sentence
+from tests.support.refusals import SIZES, check_sentence
 from tests.support.scheduling import LLAMA
 
 # No recipe, and a projection that cannot be read: only the built layer shows it, in the engine's process.

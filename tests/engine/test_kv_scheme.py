@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.test_refuse import check_sentence, refusal
+from tests.support.refusals import check_sentence, refusal
 from tests.support.scheduling import LLAMA, engine_config
 
 FP8 = dict(num_bits=8, type="float", symmetric=True, dynamic=False)

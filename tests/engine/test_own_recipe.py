@@ -18,7 +18,7 @@ from fourier_vllm.engine.fingerprint import fingerprint_of
 from fourier_vllm.engine.recipe_choice import engine_recipe
 from fourier_vllm.engine.startup import resolve
 from fourier_vllm.recipe import target_recipe
-from tests.engine.test_refuse import check_sentence, refusal
+from tests.support.refusals import check_sentence, refusal
 from tests.support.scheduling import LLAMA, engine_config
 
 OWN = {"fourier": {"recipe": "own-text"}}

@@ -10,9 +10,9 @@ import torch
 from fourier_vllm.engine.cpu import path as reference_path
 from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
 from fourier_vllm.window import Window
-from tests.kernels.reference.test_codec import codec_of
 from tests.support.memory import peak_bytes
 from tests.support.numerics import assert_close
+from tests.support.pages import codec_of
 from tests.support.triton_kernels import DEVICE, needs_triton
 
 pytestmark = needs_triton

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from fourier_vllm.engine.cpu.cells import load_blocks
 from fourier_vllm.kernels.cpu import decode as decode_cpu
 from fourier_vllm.kernels.reference.attention import decode_attention
-from tests.kernels.reference.test_codec import RECIPES, codec_of, tokens
 from tests.support.numerics import DTYPES, assert_close
+from tests.support.pages import RECIPES, codec_of, tokens
 
 H, BLOCK_SIZE, SPARE = 2, 8, 3
 

@@ -9,8 +9,8 @@ from fourier_vllm.kernels.gpu import decode, decode_raw, prefill, tables
 from fourier_vllm.kernels.gpu import join as reduce
 from fourier_vllm.kernels.gpu.query_columns import query_columns
 from fourier_vllm.kernels.gpu.step import Batch
-from tests.kernels.reference.test_codec import FRAGMENT_RECIPES, RECIPES, codec_of, tokens
 from tests.support.numerics import DTYPES, assert_close
+from tests.support.pages import FRAGMENT_RECIPES, RECIPES, codec_of, tokens
 from tests.support.triton_kernels import DEVICE, needs_triton
 
 pytestmark = needs_triton

@@ -7,8 +7,8 @@ import torch
 
 from fourier_vllm.kernels.gpu import seal, tables
 from fourier_vllm.kernels.gpu.step import Tokens
-from tests.kernels.reference.test_codec import FRAGMENT_RECIPES, RECIPES, codec_of, tokens
 from tests.support.numerics import DTYPES, assert_close
+from tests.support.pages import FRAGMENT_RECIPES, RECIPES, codec_of, tokens
 from tests.support.triton_kernels import DEVICE, needs_triton
 
 pytestmark = needs_triton

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,96 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fourier_vllm.kernels.basis import dct_basis, rotation
-from fourier_vllm.kernels.reference import attention as reference_attention
-from fourier_vllm.kernels.reference.attention import decode_attention, prefill_attention
 from fourier_vllm.kernels.reference.codec import PageCodec
 from fourier_vllm.kernels.reference.codecs import pack, quantize, unpack
 from fourier_vllm.page import PageLayout
 from tests.support import numerics
 from tests.support.numerics import DTYPES, assert_close, read_page
-
-HEAD_SIZES = (32, 64, 80, 96, 112, 128, 192, 256)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def bits_of(D: int, H: int, pattern: str) -> list[list[int]]:
-    """Bits per head and dim; heads of `mixed` differ."""
-    if pattern.isdigit():
-        return [[int(pattern)] * D] * H
-    if pattern == "paper":
-        return [[16] * (D // 4) + [0] * (D - D // 4)] * H
-    if pattern == "coded":
-        return [
-            [(0, 2, 4, 8, 2, 2, 0)[(h * h + d + d // 5) % 7] for d in range(D)] for h in range(H)
-        ]
-    return [[(0, 2, 4, 8, 16, 2, 0)[(3 * h + d + d // 5) % 7] for d in range(D)] for h in range(H)]
-
-
-# name: bits of K, V, coefficients over W, bits of a coefficient
-RECIPES: dict[str, Any] = {
-    "lossless": ("16", 16, 0, 16),
-    "balanced": ("mixed", 2, 1 / 32, 8),
-    "quality": ("mixed", 3, 1 / 32, 8),
-    "v4": ("8", 4, 1 / 16, 16),
-    "v8": ("4", 8, 0, 8),
-    "paper": ("paper", "paper", 1 / 8, 16),
-    "mixed": ("mixed", "mixed", 1 / 8, 8),
-    "low-pass": ("0", 16, 1 / 4, 8),
-    "all-coefficients": ("0", "0", 1, 16),
-}
-# Those that pages in fragment order can hold.
-FRAGMENT_RECIPES: dict[str, Any] = {
-    "coded-2": ("coded", 2, 1 / 32, 8),
-    "coded-3": ("coded", 3, 1 / 32, 8),
-    "coded-4": ("coded", 4, 1 / 16, 8),
-    "coded-8": ("coded", 8, 0, 8),
-    "uncoded": ("0", 2, 1 / 64, 8),
-}
-
-
-def codec_of(
-    recipe: str = "mixed",
-    H: int = 2,
-    D: int = 32,
-    W: int = 32,
-    dtype: str = "float32",
-    fragments: bool = False,
-) -> PageCodec:
-    k, v, share, coefficient_bits = (RECIPES | FRAGMENT_RECIPES)[recipe]
-    layout = PageLayout.build(
-        bits_of(D, H, k),
-        v if isinstance(v, int) else bits_of(D, H, v),
-        head_size=D,
-        page_size=W,
-        coefficients=round(W * share),
-        coefficient_bits=coefficient_bits,
-        itemsize=DTYPES[dtype].itemsize,
-        fragments=fragments,
-    )
-    return PageCodec(layout, DTYPES[dtype])
-
-
-def tokens(
-    P: int, codec: PageCodec, seed: int = 0, dtype: torch.dtype | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """K with slow and fast dims and an offset, V without structure, `[P, W, H, D]`."""
-    layout = codec.layout
-    rng = torch.Generator().manual_seed(seed)
-    shape = (P, layout.page_size, layout.num_kv_heads, layout.head_size)
-    t = torch.arange(layout.page_size).float()[:, None, None]
-    frequency = torch.logspace(-3, 0, layout.head_size)
-    k = torch.randn(shape, generator=rng) * 0.5
-    k += 2 * torch.cos(t * frequency) + torch.randn(shape[2:], generator=rng)
-    v = torch.randn(shape, generator=rng)
-    dtype = dtype or codec.k.dtype
-    return k.to(dtype), v.to(dtype)
+from tests.support.pages import HEAD_SIZES, RECIPES, codec_of, tokens
 
 
 @pytest.mark.parametrize("head_size", [*HEAD_SIZES, 8, 40, 72])
@@ -395,112 +310,3 @@ def test_products_equal_those_with_the_rebuilt_page(recipe, G, D):
     p = torch.randn(4, 3, G, 32, generator=rng).softmax(-1)
     expected = torch.einsum("phgw,pwhd->phgd", p.double(), v)
     assert_close("values", expected, codec.v.finish(codec.v.combine(p, pages)), 1e-5)
-
-
-def softmax_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """`q [H, G, D]` over `k, v [T, H, D]`, float64."""
-    s = torch.einsum("hgd,thd->hgt", q.double(), k.double()) * scale
-    return torch.einsum("hgt,thd->hgd", s.softmax(-1), v.double())
-
-
-def check_decode(
-    recipe: str, num_pages: list[int], num_raw: list[int], sinks: int, G: int, seed: int = 0
-) -> None:
-    """Rows with these numbers of pages and raw tokens, pages in shuffled order."""
-    H, D, W = 2, 32, 32
-    codec = codec_of(recipe, H, D, W)
-    N, T, total = len(num_pages), max(num_raw), sum(num_pages)
-    rng = torch.Generator().manual_seed(seed)
-    k, v = tokens(total, codec, seed)
-    pages = codec.seal(k, v)
-    row = torch.repeat_interleave(torch.arange(N), torch.tensor(num_pages))
-    slot = torch.tensor([i for n in num_pages for i in range(n)], dtype=torch.long)
-    order = torch.randperm(total, generator=rng)
-    q = torch.randn(N, H, G, D, generator=rng)
-    k_raw, v_raw = torch.randn(2, N, T, H, D, generator=rng)
-    count = torch.tensor(num_raw)[:, None]
-    # Padding anywhere, and large: only the mask may keep it out.
-    place = torch.stack([torch.randperm(T, generator=rng) for _ in range(N)])
-    mask = place < count
-    k_raw[~mask], v_raw[~mask] = 1e4, 1e4
-    out = decode_attention(
-        codec,
-        q,
-        pages[order],
-        row[order],
-        slot[order],
-        max(num_pages),
-        sinks,
-        k_raw.transpose(1, 2),
-        v_raw.transpose(1, 2),
-        mask,
-        D**-0.5,
-    )
-    k_page, v_page = codec.reconstruct(pages)
-    for n in range(N):
-        k_n, v_n = (
-            torch.cat([x[row == n].flatten(0, 1)[sinks if num_pages[n] else 0 :], y[n][mask[n]]])
-            for x, y in ((k_page, k_raw), (v_page, v_raw))
-        )
-        assert_close(f"row {n}", softmax_attention(q[n], k_n, v_n, D**-0.5), out[n], 1e-5)
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_decode_attention(recipe):
-    check_decode(recipe, [0, 1, 3, 2, 0], [7, 1, 0, 40, 33], sinks=4, G=2)
-
-
-@pytest.mark.parametrize(
-    ("num_pages", "num_raw", "sinks"),
-    [
-        pytest.param([0, 0], [1, 9], 16, id="no-pages"),
-        pytest.param([2, 1], [1, 0], 0, id="pages-only"),
-        pytest.param([1], [1], 32, id="whole-first-page-pinned"),
-        pytest.param([5], [16], 16, id="one-row"),
-    ],
-)
-def test_decode_edges(num_pages, num_raw, sinks):
-    check_decode("mixed", num_pages, num_raw, sinks, G=1)
-
-
-@settings(max_examples=20, deadline=None)
-@given(
-    rows=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 50)), min_size=1, max_size=5),
-    sinks=st.integers(0, 31),
-    recipe=st.sampled_from(sorted(RECIPES)),
-    group=st.sampled_from((1, 3, 8)),
-)
-def test_decode_of_any_batch(rows, sinks, recipe, group):
-    check_decode(recipe, [r[0] for r in rows], [r[1] for r in rows], sinks, group, seed=len(rows))
-
-
-@pytest.mark.parametrize("block", [1, 5, 16, 1024])
-@pytest.mark.parametrize("window", [None, 1, 4, 11, 1000])
-@pytest.mark.parametrize(
-    ("Hq", "H"), [pytest.param(4, 4, id="mha"), pytest.param(6, 2, id="gqa"), (5, 1)]
-)
-@pytest.mark.parametrize(("T", "C"), [(1, 0), (1, 9), (5, 0), (17, 13), (16, 32), (11, 3)])
-def test_prefill_attention(monkeypatch, T, C, Hq, H, window, block):
-    monkeypatch.setattr(reference_attention, "QUERY_BLOCK", block)
-    D = 24
-    rng = torch.Generator().manual_seed(T * 100 + C)
-    q = torch.randn(T, Hq, D, generator=rng)
-    k, v = torch.randn(2, C + T, H, D, generator=rng)
-    out = prefill_attention(q, k[:C], v[:C], k[C:], v[C:], 0.2, window)
-    assert out.dtype == q.dtype
-    for t in range(T):
-        first = 0 if window is None else max(0, C + t + 1 - window)
-        seen = slice(first, C + t + 1)
-        expected = softmax_attention(q[t].unflatten(0, (H, -1)), k[seen], v[seen], 0.2)
-        assert_close(f"query {t}", expected.flatten(0, 1), out[t], 1e-5)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_prefill_keeps_the_dtype_of_the_query(dtype):
-    q, k = torch.randn(3, 2, 32).to(DTYPES[dtype]), torch.randn(3, 2, 32).to(DTYPES[dtype])
-    # A reconstructed context is float32.
-    out = prefill_attention(q, k.float(), k.float(), k, k, 0.2)
-    assert out.dtype == DTYPES[dtype]
-    assert bool(out.isfinite().all())

@@ -17,9 +17,9 @@ from fourier_vllm.kernels.reference.codecs_fragments import (
     rows_to_fragments,
 )
 from fourier_vllm.page import PageLayout, Plane
-from tests.kernels.reference.test_codec import FRAGMENT_RECIPES, bits_of, codec_of, tokens
 from tests.support import numerics
 from tests.support.numerics import assert_close
+from tests.support.pages import FRAGMENT_RECIPES, bits_of, codec_of, tokens
 
 HEAD_SIZES = (16, 64, 80, 96, 128, 192, 256)
 SIZES = [(16, 64), (32, 128), (80, 64), (96, 128), (192, 64), (256, 128)]  # D, W
