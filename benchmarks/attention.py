@@ -24,12 +24,14 @@ from benchmarks.turboquant import turboquant
 from fourier_vllm.calibration.allocate_layer import allocate_bits, page_budget
 from fourier_vllm.evaluation.machine import commit, machine, versions
 from fourier_vllm.kernels.gpu import decode, decode_raw, seal
-from fourier_vllm.kernels.gpu import join as reduce
+from fourier_vllm.kernels.gpu.join import join_parts
+from fourier_vllm.kernels.gpu.launch import Launches
 from fourier_vllm.kernels.gpu.query_columns import query_columns
-from fourier_vllm.kernels.gpu.split import num_splits
-from fourier_vllm.kernels.gpu.step import Batch, Tokens
+from fourier_vllm.kernels.gpu.split import parts_of_pages
+from fourier_vllm.kernels.gpu.step import Layer, Parts, Step
 from fourier_vllm.kernels.gpu.tables import Tables
 from fourier_vllm.page import PageLayout
+from fourier_vllm.window import Window
 
 W, SINKS, WINDOW, BLOCK = 128, 16, 256, 16
 SHAPES = {
@@ -90,6 +92,16 @@ def layout_of(H: int, D: int, recipe: str) -> PageLayout:
     )  # fmt: skip
 
 
+def window_of(sink_tokens: int) -> Window:
+    return Window(W, WINDOW, sink_tokens, BLOCK, exact_prefill=False)
+
+
+def prompt(starts: Tensor, ids: Tensor, slots: Tensor, sink_tokens: int) -> Step:
+    """One request whose tokens are all of this step; every page is sealed into a block of its own."""
+    lens = starts[1:]
+    return Step(lens, starts, ids, ids, slots, lens, lens, window_of(sink_tokens))
+
+
 class Decode:
     """One decode step of one layer: every request has `context` tokens."""
 
@@ -117,8 +129,8 @@ class Decode:
         live = SINKS // BLOCK + -(-(context - per * W) // BLOCK)
         self.local = random(batch * live + 1, H, BLOCK, 2 * D)
         nowhere = torch.full((len(k),), -1, dtype=torch.int64, device="cuda")
-        tokens = Tokens(k, v, self.local, sealed, ids, ids, numbers(len(k)), numbers(0, len(k)), 0)
-        seal.seal(self.tables, tokens, nowhere)
+        sealing = self.layer(sealed)
+        seal.seal(sealing, prompt(numbers(0, len(k)), ids, nowhere, sink_tokens=0), k, v)
         order = torch.randint(0, DISTINCT_PAGES, (batch * per,), generator=generator, device="cuda")
         self.pages = sealed[order]
         shuffled = torch.randperm(batch * per, generator=generator, device="cuda")
@@ -137,39 +149,39 @@ class Decode:
         self.slots = BLOCK * used[:, -1].long()  # one cell a request
         self.starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
         sms = torch.cuda.get_device_properties(0).multi_processor_count
-        self.splits = num_splits(batch, H, per, sms)
-        self.raw_splits = decode_raw.num_splits(batch, H, sms)
-        parts = self.splits + self.raw_splits
-        self.acc = torch.empty(batch, Hq, parts, D, device="cuda")
-        self.lse = torch.empty(batch, Hq, parts, device="cuda")
+        of_pages = parts_of_pages(batch, H, per, sms)
+        of_raw = decode_raw.parts_of_raw(batch, H, sms)
         columns = (batch, Hq, self.tables.num_columns)
-        self.columns = torch.empty(columns, dtype=torch.float16, device="cuda")
+        self.parts = Parts(
+            torch.empty(batch, Hq, of_pages + of_raw, D, device="cuda"),
+            torch.empty(batch, Hq, of_pages + of_raw, device="cuda"),
+            torch.empty(columns, dtype=torch.float16, device="cuda"),
+            of_pages,
+            of_raw,
+        )
         self.out = torch.empty_like(self.q)
-        self.idle = Tokens(
-            k[:batch], v[:batch], self.local, self.pages, self.table, self.page_table,
-            self.seq_lens + 1, self.starts, SINKS,
+        self.k, self.v = k[:batch], v[:batch]
+        self.bound = self.layer(self.pages)
+        self.requests = Step(
+            self.seq_lens, self.starts, self.page_table, self.table, self.slots, self.num_pages,
+            self.gaps, window_of(SINKS),
         )  # fmt: skip
-        self.requests = Batch(
-            self.q, self.starts, self.page_table, self.num_pages, self.scale, SINKS,
-            seq_lens=self.seq_lens, gap_pages=self.gaps, local_window=WINDOW,
-        )  # fmt: skip
+        self.idle = self.requests._replace(seq_lens=self.seq_lens + 1)
+
+    def layer(self, pages: Tensor) -> Layer:
+        return Layer(self.tables, Launches(), self.scale, pages, self.local)
 
     def pages_only(self) -> None:
-        query_columns(self.tables, self.q, self.scale, self.columns)
-        decode.attend_pages(
-            self.tables, self.requests, self.pages, self.acc, self.lse, self.splits, self.columns
-        )
+        query_columns(self.bound, self.q, self.parts)
+        decode.attend_pages(self.bound, self.requests, self.q, self.parts)
 
     def step(self) -> None:
         self.pages_only()
-        decode_raw.attend_raw(
-            self.requests, self.local, self.table, W, self.acc, self.lse, self.splits,
-            self.raw_splits,
-        )  # fmt: skip
-        reduce.reduce(self.tables, self.acc, self.lse, self.splits, self.out, None)
+        decode_raw.attend_raw(self.bound, self.requests, self.q, self.parts)
+        join_parts(self.tables, self.parts, self.out)
 
     def seal_nothing(self) -> None:
-        seal.seal(self.tables, self.idle, self.slots)
+        seal.seal(self.bound, self.idle, self.k, self.v)
 
 
 def flash_attention(timer: Timer, Hq: int, H: int, D: int, batch: int, context: int, fp8: bool):
@@ -222,13 +234,13 @@ def sealing(timer: Timer) -> dict[str, Any]:
     ids = torch.arange(n, dtype=torch.int32, device="cuda")[None]
     starts = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
     nowhere = torch.full((tokens,), -1, dtype=torch.int64, device="cuda")
-    prompt = Tokens(k, v, case.local, pages, ids, ids, starts[1:], starts, SINKS)
+    layer, step = case.layer(pages), prompt(starts, ids, nowhere, SINKS)
     idle = {
         f"idle_us_batch_{batch}": per_launch(timer, Decode(32, 8, 128, batch, 4096).seal_nothing)
         for batch in (1, 8, 32, 128)
     }
     return {
-        "seal_us": timer(lambda: seal.seal(case.tables, prompt, nowhere))[0],
+        "seal_us": timer(lambda: seal.seal(layer, step, k, v))[0],
         "copy_us": timer(lambda: copy.copy_(raw))[0],
         **idle,
     }

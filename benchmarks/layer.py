@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,9 +25,14 @@ from benchmarks.attention import BLOCK, SHAPES, SINKS, WINDOW, Decode, Timer, W
 from benchmarks.record import RESULTS, save
 from fourier_vllm.engine.gpu.path import GpuPath
 from fourier_vllm.engine.gpu.prompt_attention import TorchAttention
-from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
+from fourier_vllm.engine.metadata import FourierMetadata
 from fourier_vllm.evaluation.machine import commit, versions
+from fourier_vllm.kernels.gpu.decode import attend_pages
+from fourier_vllm.kernels.gpu.decode_raw import attend_raw
+from fourier_vllm.kernels.gpu.join import join_parts
+from fourier_vllm.kernels.gpu.query_columns import query_columns
 from fourier_vllm.kernels.gpu.seal import seal
+from fourier_vllm.kernels.gpu.step import Layer
 from fourier_vllm.window import Window
 
 SHAPE, LAYERS = "llama-3.1-8b", 32
@@ -61,40 +67,43 @@ class Fourier:
             for table, size in ((case.page_table, W), (case.table, BLOCK))
         )
 
-    def steps(self) -> list[LayerStep]:
-        """A step that has not been planned yet."""
+    def metadata(self) -> tuple[FourierMetadata, FourierMetadata]:
+        """Of a step that has not been planned yet, pages first."""
         case = self.case
 
         def metadata(table: torch.Tensor, slots: torch.Tensor) -> FourierMetadata:
-            return FourierMetadata(
+            common = SimpleNamespace(
+                num_reqs=len(case.seq_lens),
                 query_start_loc=case.starts,
                 seq_lens=case.seq_lens,
                 is_prefilling=self.starts_cpu[1:] < 0,
-                block_table=table,
+                block_table_tensor=table,
                 slot_mapping=slots,
                 query_start_loc_cpu=self.starts_cpu,
-                seq_lens_cpu=self.seq_lens_cpu,
+                seq_lens_cpu_upper_bound=self.seq_lens_cpu,
             )
+            return FourierMetadata(common)
 
-        both = metadata(self.page_table, self.slots), metadata(self.table, case.slots)
-        return [LayerStep(case.q, self.k, self.v, *x, case.out, *both) for x in self.caches]
+        return metadata(self.page_table, self.slots), metadata(self.table, case.slots)
 
     def layers(self) -> None:
-        for step in self.steps():
-            self.path.run(step)
+        both = self.metadata()
+        for pages, local in self.caches:
+            self.path.run(self.case.q, self.k, self.v, self.case.out, pages, local, *both)
 
     def launches(self, which: str) -> None:
         """One launch of every layer."""
-        for step in self.steps():
-            plan, tokens = self.path.plan(step)
-            columns, pages, raw, join = self.path.decode_work(plan, step)
-            store = partial(seal, self.path.tables, tokens, plan.slots)
+        path, q, k, v = self.path, self.case.q, self.k, self.v
+        plan = path.plan(*self.metadata(), len(k))
+        parts = path.parts(plan.num_decodes)
+        for caches in self.caches:
+            layer = Layer(path.tables, path.seals, path.scale, *caches)
             work: dict[str, Callable[[], Any]] = {
-                "store": store,
-                "columns": columns,
-                "pages": pages,
-                "raw": raw,
-                "reduce": join,
+                "store": partial(seal, layer, plan.step, k, v),
+                "columns": partial(query_columns, layer, q, parts),
+                "pages": partial(attend_pages, layer, plan.decodes, q, parts),
+                "raw": partial(attend_raw, layer, plan.decodes, q, parts),
+                "reduce": partial(join_parts, path.tables, parts, self.case.out),
             }
             work[which]()
 

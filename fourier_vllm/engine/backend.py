@@ -19,7 +19,7 @@ from fourier_vllm.engine.binding import Binding, bind, bind_sliding
 from fourier_vllm.engine.cache.local_cache import FourierLocalBackend
 from fourier_vllm.engine.cache.specs import FourierPageSpec
 from fourier_vllm.engine.fingerprint import compressed_layers
-from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
+from fourier_vllm.engine.metadata import FourierMetadata
 from fourier_vllm.engine.model_weights import Ancestry, can_read
 from fourier_vllm.engine.platform import NAME
 from fourier_vllm.engine.refuse import (
@@ -188,15 +188,14 @@ class FourierImpl(AttentionImpl):
             self.run_sliding(attn_metadata, window, query, key, value, kv_cache, self.scale, output)
             return output
         local_metadata = get_forward_context().attn_metadata[bound.local_name]
-        step = LayerStep(
+        bound.path.run(
             query,
             key,
             value,
+            output,
             kv_cache.view(torch.uint8),
             bound.local.kv_cache,
-            output,
             attn_metadata,
             local_metadata,
         )
-        bound.path.run(step)
         return output

@@ -13,7 +13,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from fourier_vllm.engine.cache.local_cache import SUFFIX, FourierLocalCache
 from fourier_vllm.engine.cache.specs import FourierLocalSpec, FourierPageSpec
 from fourier_vllm.engine.fingerprint import compressed_layers
-from fourier_vllm.engine.metadata import LayerStep
+from fourier_vllm.engine.metadata import FourierMetadata
 from fourier_vllm.engine.model_weights import UnreadableError, read_projections
 from fourier_vllm.engine.refuse import no_recipe
 from fourier_vllm.engine.sizes import id_bytes, layer_layout, num_local_groups, window_of
@@ -30,8 +30,32 @@ class Path(Protocol):
     def prepare(self) -> None:
         """Ask for the most memory that any step needs, while vLLM profiles it."""
 
-    def run(self, step: LayerStep) -> None:
-        """One step: store, seal, attend."""
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        pages: torch.Tensor,
+        local: torch.Tensor,
+        metadata: FourierMetadata,
+        local_metadata: FourierMetadata,
+    ) -> None:
+        """One step: store, seal, attend.
+
+        Parameters
+        ----------
+        q, out : torch.Tensor
+            `[T, Hq, D]`.
+        k, v : torch.Tensor
+            `[T, H, D]`, keys after RoPE.
+        pages : torch.Tensor
+            `[blocks, 1, 1, page_bytes]` uint8, the page cache.
+        local : torch.Tensor
+            `[blocks, H, block_size, 2 * D]`, the local cache.
+        metadata, local_metadata : FourierMetadata
+            Of the two caches.
+        """
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Attention metadata of both caches: vLLM's common fields, and the plan of the step made from them."""
+"""Attention metadata of both caches: views of vLLM's common fields, and the plan of the step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from vllm.v1.attention.backend import (
@@ -13,89 +13,63 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
 )
 
-from fourier_vllm.engine.cpu.plan import StepPlan, make_plan
-from fourier_vllm.window import Window
-
-MADE = "_fourier_metadata"
-Plan = TypeVar("Plan")
-
 
 @dataclass
 class FourierMetadata(AttentionMetadata):
-    """One group's view of a step; N requests, T tokens.
+    """One cache group's view of a step; N requests, T tokens. Each builder makes one; views are made late.
 
     Attributes
     ----------
-    query_start_loc, seq_lens : torch.Tensor
-        `[N + 1]`, `[N]` (this step's tokens included).
-    block_table, slot_mapping : torch.Tensor
-        `[N, blocks]`, `[T]`, of this group.
-    query_start_loc_cpu, seq_lens_cpu, is_prefilling : torch.Tensor
-        What the host knows: `[N + 1]`; `[N]`, exact for requests that are prefilled; `[N]` bool.
+    common : CommonAttentionMetadata
+        vLLM's, of the group; rows from its `num_reqs` on are padding.
+    plan : GpuPlan or StepPlan, optional
+        What the step does, made by the first layer that runs; on the local cache's metadata. Layers that
+        share it share the pages' table too, since vLLM plans the pages of all layers as one group.
     """
 
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    is_prefilling: torch.Tensor
-    block_table: torch.Tensor
-    slot_mapping: torch.Tensor
-    query_start_loc_cpu: torch.Tensor
-    seq_lens_cpu: torch.Tensor | None
-    _plans: dict[Any, Any] = field(default_factory=dict)
+    common: Any
+    plan: Any = None
 
-    def once(self, local: FourierMetadata, window: Window, make: Callable[[], Plan]) -> Plan:
-        """The step's plan, made by the first layer that asks; `self` is the page cache's metadata."""
-        key = (id(local), window)
-        if key not in self._plans:
-            self._plans[key] = make()
-        return cast("Plan", self._plans[key])
+    @cached_property
+    def query_start_loc(self) -> torch.Tensor:
+        """`[N + 1]`, where each request's tokens of this step begin."""
+        return self.common.query_start_loc[: self.common.num_reqs + 1]
 
-    def plan(self, local: FourierMetadata, window: Window) -> StepPlan:
-        """The plan of the reference path."""
-        return self.once(
-            local,
-            window,
-            lambda: make_plan(
-                window,
-                self.query_start_loc,
-                self.seq_lens,
-                self.is_prefilling.to(self.seq_lens.device),
-                self.block_table,
-                local.block_table,
-                local.slot_mapping,
-            ),
-        )
+    @cached_property
+    def query_start_loc_cpu(self) -> torch.Tensor:
+        """`[N + 1]`, what the host knows of it."""
+        return self.common.query_start_loc_cpu[: self.common.num_reqs + 1]
 
+    @cached_property
+    def seq_lens(self) -> torch.Tensor:
+        """`[N]`, this step's tokens included."""
+        return self.common.seq_lens[: self.common.num_reqs]
 
-class LayerStep(NamedTuple):
-    """Tensors of one layer in one step.
+    @cached_property
+    def seq_lens_cpu(self) -> torch.Tensor | None:
+        """`[N]`, exact for requests that are prefilled."""
+        known = self.common.seq_lens_cpu_upper_bound
+        return None if known is None else known[: self.common.num_reqs]
 
-    Attributes
-    ----------
-    q, output : torch.Tensor
-        `[T, Hq, D]`.
-    k, v : torch.Tensor
-        `[T, H, D]`.
-    pages : torch.Tensor
-        `[blocks, 1, 1, page_bytes]` uint8, the page cache.
-    local : torch.Tensor
-        `[blocks, H, block_size, 2 * D]`, the local cache.
-    metadata, local_metadata : FourierMetadata
-        Of the two caches.
-    """
+    @cached_property
+    def is_prefilling(self) -> torch.Tensor:
+        """`[N]` bool, on the host."""
+        known, n = self.common.is_prefilling, self.common.num_reqs
+        return torch.zeros(n, dtype=torch.bool) if known is None else known[:n]
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    pages: torch.Tensor
-    local: torch.Tensor
-    output: torch.Tensor
-    metadata: FourierMetadata
-    local_metadata: FourierMetadata
+    @cached_property
+    def block_table(self) -> torch.Tensor:
+        """`[N, blocks]`, of this group."""
+        return self.common.block_table_tensor[: self.common.num_reqs]
+
+    @property
+    def slot_mapping(self) -> torch.Tensor:
+        """`[T]`, of this group."""
+        return self.common.slot_mapping
 
 
 class FourierMetadataBuilder(AttentionMetadataBuilder[FourierMetadata]):
-    """Keeps references to the runner's tensors; nothing is computed before a layer runs."""
+    """Keeps a reference to the runner's tensors; nothing is computed before a layer runs."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = (
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -111,24 +85,4 @@ class FourierMetadataBuilder(AttentionMetadataBuilder[FourierMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> FourierMetadata:
-        common = common_attn_metadata
-        # Layers of one group with pages of different sizes have builders of their own.
-        made: FourierMetadata | None = getattr(common, MADE, None)
-        if made is not None:
-            return made
-        N = common.num_reqs
-        is_prefilling = common.is_prefilling
-        if is_prefilling is None:
-            is_prefilling = torch.zeros(N, dtype=torch.bool)
-        seq_lens_cpu = common.seq_lens_cpu_upper_bound
-        made = FourierMetadata(
-            query_start_loc=common.query_start_loc[: N + 1],
-            seq_lens=common.seq_lens[:N],
-            is_prefilling=is_prefilling[:N],
-            block_table=common.block_table_tensor[:N],
-            slot_mapping=common.slot_mapping,
-            query_start_loc_cpu=common.query_start_loc_cpu[: N + 1],
-            seq_lens_cpu=None if seq_lens_cpu is None else seq_lens_cpu[:N],
-        )
-        setattr(common, MADE, made)
-        return made
+        return FourierMetadata(common_attn_metadata)

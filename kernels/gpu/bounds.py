@@ -19,6 +19,7 @@ def read_bounds_kernel(
     p_seq_lens, p_query_start, p_local_table, p_is_exact, p_num_pages, p_gap_pages, stride_table, L,
     num_pinned, W: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, SOME_EXACT: tl.constexpr,
 ):  # fmt: skip
+    """Bounds of one request; its blocks are looked through BN at a time. Grid: (B,)."""
     i_b = tl.program_id(0)
     seq_len = tl.load(p_seq_lens + i_b)
     num_queries = tl.load(p_query_start + i_b + 1) - tl.load(p_query_start + i_b)

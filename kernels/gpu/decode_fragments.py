@@ -1,7 +1,6 @@
 """Split-KV attention over sealed pages in fragment order (`page.py`), one warp a program.
 
-The same parts as `decode.py` gives: a program takes one request, KV head, tile of query rows and share of the
-pages. Scores and weights of a page stay in registers; `fragments.py` says how codes become operands.
+Scores and weights of a page stay in registers; `operands_fragments.py` says how codes become operands.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from fourier_vllm.kernels.gpu.split import (
     store_empty_part,
     store_part,
 )
-from fourier_vllm.kernels.gpu.step import Batch
-from fourier_vllm.kernels.gpu.tables import MIN_ROWS, Tables, next_power_of_2
+from fourier_vllm.kernels.gpu.step import Layer, Parts, Step
+from fourier_vllm.kernels.gpu.tables import MIN_ROWS, next_power_of_2
 from fourier_vllm.page import run_of
 
 
@@ -144,9 +143,14 @@ def fragment_pages_kernel(
     stride_q, stride_columns, stride_page, stride_table, q_scale, S, L, M,
     splits, num_splits,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr,
-    BM: tl.constexpr, NT: tl.constexpr, CAUSAL: tl.constexpr,
+    BM: tl.constexpr, NT: tl.constexpr,
     MANY: tl.constexpr, V_BITS: tl.constexpr, EV: tl.constexpr, EH: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
+    """Attend one share of one request's pages for a tile of its query rows; the grid is `pages_kernel`'s.
+
+    `p_columns` are the queries by column of codes, two fp16 a word; BM is 8, the columns of the smallest
+    matrix instruction.
+    """
     QW: tl.constexpr = W // 4
     E: tl.constexpr = W // 32
     LEVELS: tl.constexpr = V_BITS // 2
@@ -157,9 +161,7 @@ def fragment_pages_kernel(
     start, num_queries, o_t, o_g, m_row = query_rows(p_query_start, i_b, i_h, i_m, G, BM)
     if i_m * BM >= num_queries * G:
         return
-    num_pages, b_end = pages_read(
-        p_num_pages, p_gap_pages, p_seq_lens, i_b, num_queries, o_t, L, W, BM, CAUSAL
-    )
+    num_pages, b_end = pages_read(p_num_pages, p_gap_pages, p_seq_lens, i_b, num_queries, o_t, L, W)
     share = tl.cdiv(num_pages, splits)
     i_row = (start + o_t).to(tl.int64) * (H * G) + o_g
     if i_s * share >= num_pages:
@@ -256,35 +258,25 @@ def fragment_pages_kernel(
     store_part(p_acc, p_lse, b_acc, b_max, tl.sum(b_sums, 0), i_row, m_row, i_s, num_splits, D, BD)
 
 
-def attend_fragment_pages(
-    tables: Tables,
-    batch: Batch,
-    pages: Tensor,
-    acc: Tensor,
-    lse: Tensor,
-    splits: int,
-    columns: Tensor,
-) -> None:
-    """What `decode.attend_pages` does, of pages in fragment order."""
-    q, num_pages, gap_pages, seq_lens = batch.q, batch.num_pages, batch.gap_pages, batch.seq_lens
+def attend_fragment_pages(layer: Layer, step: Step, q: Tensor, parts: Parts) -> None:
+    """`decode.attend_pages` for pages in fragment order."""
+    tables, _, scale, pages, _ = layer
+    acc, lse, columns, splits, _ = parts
+    window, page_table, num_pages = step.window, step.page_table, step.num_pages
     _, Hq, D = q.shape
     layout, k = tables.layout, tables.k
     H, W = layout.num_kv_heads, layout.page_size
     G, B = Hq // H, len(num_pages)
-    rows = batch.max_query_len * G
+    rows = step.max_query_len * G
     ok_coef, ok_coef_scale, _, *ok_rest = k.offsets
     *_, ov_codes, ov_scale, ov_zero, ov_high = tables.v_offsets
     fragment_pages_kernel[(triton.cdiv(rows, MIN_ROWS) * splits, H, B)](
-        q, columns.view(torch.int32), pages, batch.page_table, num_pages,
-        num_pages if gap_pages is None else gap_pages,
-        num_pages if seq_lens is None else seq_lens,
-        batch.query_start_loc, acc, lse, tables.fragment_basis, k.column_start,
+        q, columns.view(torch.int32), pages, page_table, num_pages, step.gap_pages, step.seq_lens,
+        step.query_start_loc, acc, lse, tables.fragment_basis, k.column_start,
         ok_coef, ok_coef_scale, *ok_rest, ov_codes, ov_scale, ov_zero, ov_high,
-        q.stride(0), tables.num_columns // 2, pages.stride(0), batch.page_table.stride(0),
-        batch.sm_scale * LOG2_E, batch.sink_tokens, batch.local_window,
-        tables.num_rows, splits, acc.shape[2],
+        q.stride(0), tables.num_columns // 2, pages.stride(0), page_table.stride(0), scale * LOG2_E,
+        window.sink_tokens, window.local_window, tables.num_rows, splits, acc.shape[2],
         H=H, G=G, D=D, BD=max(64, next_power_of_2(D)), W=W, BM=MIN_ROWS, NT=4,
-        CAUSAL=seq_lens is not None, MANY=batch.max_query_len > 1, V_BITS=tables.v_bits,
-        EV=run_of(D // 8), EH=run_of(D // 16),
+        MANY=step.max_query_len > 1, V_BITS=tables.v_bits, EV=run_of(D // 8), EH=run_of(D // 16),
         ASM=q.is_cuda and torch.version.hip is None, num_warps=1, num_stages=1,
     )  # fmt: skip

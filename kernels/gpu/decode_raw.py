@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourier_vllm.kernels.gpu.split import BATCH_POINTERS, LOG2_E, TL_DTYPES, first_raw, query_rows
-from fourier_vllm.kernels.gpu.step import Batch
+from fourier_vllm.kernels.gpu.step import Layer, Parts, Step
 from fourier_vllm.kernels.gpu.tables import next_power_of_2
 
 MAX_SPLITS = 5
@@ -24,6 +24,11 @@ def raw_kernel(
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
+    """Attend one share of one request's raw tokens for a tile of its query rows.
+
+    Grid: (tiles of BM rows times shares, H, B). Raw tokens are cut into tiles of BT, the sinks' first; a
+    share is a run of tiles.
+    """
     i_h, i_b = tl.program_id(1), tl.program_id(2)
     i_m, i_s = tl.program_id(0) // splits, tl.program_id(0) % splits
     start, num_queries, o_t, o_g, m_row = query_rows(p_query_start, i_b, i_h, i_m, G, BM)
@@ -77,51 +82,39 @@ def raw_kernel(
     tl.store(p_lse + o_o, b_lse, mask=m_row)
 
 
-def num_splits(batch: int, num_kv_heads: int, num_sms: int) -> int:
+def parts_of_raw(num_requests: int, num_kv_heads: int, num_sms: int) -> int:
     """Shares of the raw tokens, a few tiles, that give every multiprocessor a program."""
-    return max(1, min(MAX_SPLITS, num_sms // (batch * num_kv_heads)))
+    return max(1, min(MAX_SPLITS, num_sms // (num_requests * num_kv_heads)))
 
 
-def attend_raw(
-    batch: Batch,
-    local: Tensor,
-    block_table: Tensor,
-    page_size: int,
-    acc: Tensor,
-    lse: Tensor,
-    first_split: int,
-    splits: int,
-) -> None:
+def attend_raw(layer: Layer, step: Step, q: Tensor, parts: Parts) -> None:
     """Partial attention of every query token over the raw tokens it reads.
 
-    A query token that sees n tokens reads those before `sink_tokens` and those behind the pages that
+    A query token that sees n tokens reads the sinks among them, and those behind the pages that
     `attend_pages` gives it.
 
     Parameters
     ----------
-    batch : Batch
-        With lengths.
-    local : Tensor [blocks, H, block_size, 2 * D], dtype of the queries
-        K and V of a token side by side.
-    block_table : Tensor [B, max_blocks], int32
-        By position; entries that nobody reads may be anything.
-    acc, lse : Tensor [T, Hq, n, D], [T, Hq, n], float32
-        Parts `first_split` to `first_split + splits` are written, see `attend_pages`.
+    q : Tensor [T, Hq, D]
+        Of the local cache's dtype; a row's heads contiguous.
+    parts : Parts
+        Those behind the first `of_pages` are written.
     """
-    q, seq_lens = batch.q, batch.seq_lens
-    assert seq_lens is not None
+    tables, _, scale, _, local = layer
+    acc, lse, _, first_split, splits = parts
+    window, seq_lens, local_table = step.window, step.seq_lens, step.local_table
     _, Hq, D = q.shape
     H = local.shape[1]
     G = Hq // H
-    rows = batch.max_query_len * G
+    rows = step.max_query_len * G
     BM = min(64, next_power_of_2(rows))
     # Triton's interpreter multiplies bfloat16 as if it were integers.
     interpreted = triton.knobs.runtime.interpret
     raw_kernel[(triton.cdiv(rows, BM) * splits, H, len(seq_lens))](
-        q, local, block_table, batch.num_pages, batch.gap_pages, seq_lens, batch.query_start_loc,
-        acc, lse, q.stride(0), *local.stride()[:3], block_table.stride(0), batch.sm_scale * LOG2_E,
-        batch.sink_tokens, batch.local_window, splits, first_split, acc.shape[2],
-        G=G, D=D, BD=next_power_of_2(D), W=page_size, BLOCK=local.shape[2],
+        q, local, local_table, step.num_pages, step.gap_pages, seq_lens, step.query_start_loc,
+        acc, lse, q.stride(0), *local.stride()[:3], local_table.stride(0), scale * LOG2_E,
+        window.sink_tokens, window.local_window, splits, first_split, acc.shape[2],
+        G=G, D=D, BD=next_power_of_2(D), W=tables.layout.page_size, BLOCK=local.shape[2],
         BM=BM, BT=64,
         DOT=tl.float32 if interpreted else TL_DTYPES[q.dtype], num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -8,9 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fourier_vllm.kernels.gpu.step import Parts
 from fourier_vllm.kernels.gpu.tables import Tables
-
-LN_2 = 0.6931471805599453
 
 
 class Tile(NamedTuple):
@@ -48,11 +47,16 @@ def weighted(b_x, b_w):
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits", "rotated"])
-def reduce_kernel(
-    p_acc, p_lse, p_rotation, p_out, p_out_lse, num_rows, num_splits, num_heads, stride_out, rotated,
+def join_kernel(
+    p_acc, p_lse, p_rotation, p_out, num_rows, num_splits, num_heads, stride_out, rotated,
     D: tl.constexpr, BD: tl.constexpr, BO: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BR: tl.constexpr, BL: tl.constexpr, WITH_LSE: tl.constexpr, LN2: tl.constexpr,
+    BR: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
+    """Join BO dims of BM rows, a row being a query head of a token. Grid: (tiles of rows, tiles of dims).
+
+    The first `rotated` of `num_splits` parts are of pages: their sum is turned back before it meets
+    the others.
+    """
     o_m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     m_m = o_m < num_rows
     o_k, o_d = tl.arange(0, BD), tl.program_id(1) * BO + tl.arange(0, BO)
@@ -95,9 +99,6 @@ def reduce_kernel(
     p_row = p_out + (o_m // num_heads) * stride_out + (o_m % num_heads) * D
     b_out = (b_acc / b_some[:, None]).to(p_out.dtype.element_ty)
     tl.store(p_row[:, None] + o_d[None, :], b_out, mask=m_m[:, None] & (o_d < D)[None, :])
-    if WITH_LSE and tl.program_id(1) == 0:
-        b_lse = tl.where(b_sum > 0, (b_max + tl.log2(b_some)) * LN2, -float("inf"))
-        tl.store(p_out_lse + o_m, b_lse, mask=m_m)
 
 
 def tile_of(num_rows: int, num_sms: int) -> Tile:
@@ -107,29 +108,14 @@ def tile_of(num_rows: int, num_sms: int) -> Tile:
     return SOME if num_rows <= 4 * num_sms else MANY
 
 
-def reduce(
-    tables: Tables, acc: Tensor, lse: Tensor, rotated: int, out: Tensor, out_lse: Tensor | None
-) -> None:
-    """Join parts into `out`.
-
-    Parameters
-    ----------
-    acc, lse : Tensor [T, Hq, n, D], [T, Hq, n], float32
-        Normalised parts and their base-2 log-sum-exps.
-    rotated : int
-        The first parts, at least one, which are of pages.
-    out : Tensor [T, Hq, D]
-        Heads of a row contiguous.
-    out_lse : Tensor [T, Hq], float32, optional
-        Natural log-sum-exps.
-    """
+def join_parts(tables: Tables, parts: Parts, out: Tensor) -> None:
+    """Join parts into `out [T, Hq, D]`, heads of a row contiguous; 0 where all parts are empty."""
+    acc, lse, rotated = parts.acc, parts.lse, parts.of_pages
     T, Hq, n, D = acc.shape
     BD = len(tables.rotation)
     BM, BO, BN, BR, BL = tile_of(T * Hq, tables.num_sms)
     BO = min(BO, BD)
-    reduce_kernel[(triton.cdiv(T * Hq, BM), BD // BO)](
-        acc, lse, tables.rotation, out, out if out_lse is None else out_lse,
-        T * Hq, n, Hq, out.stride(0), rotated,
-        D=D, BD=BD, BO=BO, BM=BM, BN=BN, BR=BR, BL=BL, WITH_LSE=out_lse is not None, LN2=LN_2,
-        num_warps=4, num_stages=1,
+    join_kernel[(triton.cdiv(T * Hq, BM), BD // BO)](
+        acc, lse, tables.rotation, out, T * Hq, n, Hq, out.stride(0), rotated,
+        D=D, BD=BD, BO=BO, BM=BM, BN=BN, BR=BR, BL=BL, num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -12,6 +12,10 @@ from typing import Any
 from torch import Tensor
 
 
+class Launches(dict[Any, "Launch"]):
+    """A layer's launches of one kernel, by what Triton specializes the kernel for."""
+
+
 class Launch:
     """A kernel with its grid and all arguments but the first ones.
 

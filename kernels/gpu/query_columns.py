@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourier_vllm.kernels.gpu.split import LOG2_E
-from fourier_vllm.kernels.gpu.tables import Tables
+from fourier_vllm.kernels.gpu.step import Layer, Parts
 
 
 @triton.jit
@@ -15,6 +15,7 @@ def query_columns_kernel(
     p_q, p_columns, p_column_start, p_column_dim, stride_q, q_scale,
     G: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    """Lay out one query head of one token, BN columns at a time. Grid: (T, Hq)."""
     i_row, i_h, num_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     start, stop = tl.load(p_column_start + i_h // G) * 4, tl.load(p_column_start + i_h // G + 1) * 4
     for i_n in range(start, stop, BN):
@@ -25,16 +26,17 @@ def query_columns_kernel(
         tl.store(p_x, (b_q.to(tl.float32) * q_scale).to(tl.float16), mask=o_n < stop)
 
 
-def query_columns(tables: Tables, q: Tensor, sm_scale: float, columns: Tensor) -> None:
-    """Write `q [T, Hq, D]`, scaled for base-2 softmax, to `columns [T, Hq, tables.num_columns]` float16.
+def query_columns(layer: Layer, q: Tensor, parts: Parts) -> None:
+    """Write `q [T, Hq, D]`, scaled for base-2 softmax, to `parts.columns`.
 
     Pages in plain order read queries as they are: nothing is written.
     """
+    tables = layer.tables
     if not tables.layout.fragments:
         return
     T, Hq, D = q.shape
     k = tables.k
     query_columns_kernel[(T, Hq)](
-        q, columns, k.column_start, k.column_dim, q.stride(0), sm_scale * LOG2_E,
+        q, parts.columns, k.column_start, k.column_dim, q.stride(0), layer.scale * LOG2_E,
         G=Hq // tables.layout.num_kv_heads, D=D, N=tables.num_columns, BN=256, num_warps=1,
     )  # fmt: skip

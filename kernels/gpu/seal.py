@@ -18,7 +18,7 @@ from fourier_vllm.kernels.gpu.launch import Launch
 from fourier_vllm.kernels.gpu.seal_fragments import seal_columns, seal_rotated, token_of_row
 from fourier_vllm.kernels.gpu.seal_plain import seal_channel, seal_tokens
 from fourier_vllm.kernels.gpu.split import BATCH_POINTERS, TL_DTYPES
-from fourier_vllm.kernels.gpu.step import Tokens
+from fourier_vllm.kernels.gpu.step import Layer, Step
 from fourier_vllm.kernels.gpu.store import store_tokens
 from fourier_vllm.kernels.gpu.tables import Tables, next_power_of_2
 from fourier_vllm.kernels.ranges import range_share
@@ -193,6 +193,11 @@ def seal_kernel(
     FRAGMENTS: tl.constexpr, MEANS: tl.constexpr, EV: tl.constexpr, EH: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
+    """Store every n-th tile of BT tokens of one KV head, seal every n-th of its items; n odd.
+
+    Grid: (H, n, 1), with as many programs as the GPU runs at once. An item is K or V of one page that the
+    step completes; requests are looked through BB at a time.
+    """
     i_h, i_x, step = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     store_tokens(p_k, p_v, p_local, p_slots, i_h, i_x, step, T, stride_k, stride_v, stride_block,
                  stride_head, stride_token, D, BD, BLOCK, BT)  # fmt: skip
@@ -222,26 +227,28 @@ def seal_kernel(
             done += total
 
 
-def seal(tables: Tables, tokens: Tokens, slots: Tensor) -> None:
-    """Store the tokens of this step and seal every page whose last token is among them.
+def seal(layer: Layer, step: Step, k: Tensor, v: Tensor) -> None:
+    """Store the tokens of this step and seal every page whose last token is among them, in place.
+
+    Padding and the null block's cells are not written.
 
     Parameters
     ----------
-    tokens : Tokens
-        Both caches are written in place.
-    slots : Tensor [n], int64
-        Cells of the first n tokens; padding (negative) and the null block's cells are not written.
+    k, v : Tensor [T, H, D]
+        Tokens of this step, keys after RoPE; heads of a row contiguous.
     """
-    k, v, local, pages, local_table, page_table, seq_lens, query_start_loc, sink_tokens = tokens
+    tables, launches, _, pages, local = layer
+    seq_lens, query_start_loc, page_table, local_table, slots, *_ = step
     tensors = (k, v, local, local_table, slots, pages, page_table, seq_lens, query_start_loc)
     strides = (k.stride(0), v.stride(0), *local.stride()[:3], pages.stride(0))
     # What the kernel is specialized for, beside the tables.
     aligned = [x.data_ptr() % 16 == 0 for x in (k, v, local, pages)]
     key = (k.dtype, local.shape[2], strides, *aligned)
-    launch = tables.seal_launches.get(key)
+    launch = launches.get(key)
     if launch is None:
-        launch = tables.seal_launches[key] = _launch(tables, k.dtype, local.shape[2])
+        launch = launches[key] = _launch(tables, k.dtype, local.shape[2])
     rows = local_table.stride(0), page_table.stride(0)
+    sink_tokens = step.window.sink_tokens
     launch(tensors, *strides, *rows, sink_tokens, seq_lens.shape[0], slots.shape[0])
 
 

@@ -88,14 +88,14 @@ def seal_columns(
     o_n = stop - 4 + tl.arange(0, 4)
     b_dim = tl.load(p_column_dim + o_n, mask=o_n >= 0, other=0)
     store_fp16(p_page + o_scale, o_n, tl.zeros([4], tl.float16), b_dim < 0)
-    b_codes = codes_of(b_x, b_zero[None, :], b_scale[None, :], b_levels[None, :])
+    b_codes = nearest_codes(b_x, b_zero[None, :], b_scale[None, :], b_levels[None, :])
     store_columns(
         p_page, o_codes, b_codes, p_column_start, p_column_dim, p_column_level, i_h, W, BD, 64
     )
 
 
 @triton.jit
-def codes_of(b_x, b_zero, b_scale, b_levels):
+def nearest_codes(b_x, b_zero, b_scale, b_levels):
     """Codes of `b_x`, int32."""
     b_step = 1.0 / step_of(b_scale)
     b_code = b_x * b_step - b_zero.to(tl.float32) * b_step
@@ -134,7 +134,7 @@ def seal_rotated(
     o_w = i_h * W + o_j % 8 * (W // 8) + i_n * (W // 32) + o_j // 8
     store_fp16(p_page + o_scale, o_w, b_scale, o_r < 64)
     store_fp16(p_page + o_zero, o_w, b_zero, o_r < 64)
-    b_codes = codes_of(b_x, b_zero[:, None], b_scale[:, None], (1 << BITS) - 1.0)
+    b_codes = nearest_codes(b_x, b_zero[:, None], b_scale[:, None], (1 << BITS) - 1.0)
     b_shift = (2 * i_n + 8 * swapped(o_r % 4))[:, None]
     for i_level in tl.static_range(BITS // 2):
         b_bits = ((b_codes >> (2 * i_level)) & 3) if BITS > 2 else b_codes

@@ -24,24 +24,22 @@ TL_DTYPES = {
 
 @triton.jit
 def first_raw(b_n, num_pages, gap_pages, L, W: tl.constexpr):
-    """Pages that query tokens which see `b_n` tokens read; everything behind them is read raw."""
+    """Pages that query tokens which see `b_n` tokens read; everything behind them is read raw.
+
+    The twin of `window.pages_before`, between the pages without raw tokens and those that are sealed.
+    """
     return tl.minimum(num_pages, tl.maximum(gap_pages, tl.maximum(b_n - L, 0) // W))
 
 
 @triton.jit
 def pages_read(
-    p_num_pages, p_gap_pages, p_seq_lens, i_b, num_queries, o_t, L, W: tl.constexpr,
-    BM: tl.constexpr, CAUSAL: tl.constexpr,
+    p_num_pages, p_gap_pages, p_seq_lens, i_b, num_queries, o_t, L, W: tl.constexpr
 ):  # fmt: skip
-    """Pages of a request, and those that each of its query tokens `o_t [BM]` reads."""
-    num_pages = tl.load(p_num_pages + i_b)
-    b_end = tl.full([BM], 0, tl.int32) + num_pages
-    if CAUSAL:
-        gap, n = tl.load(p_gap_pages + i_b), tl.load(p_seq_lens + i_b)
-        b_end = first_raw(n - num_queries + 1 + o_t, num_pages, gap, L, W)
-        # The last query token reads the most.
-        num_pages = first_raw(n, num_pages, gap, L, W)
-    return num_pages, b_end
+    """Pages that a request's last query token reads, the most, and each of its query tokens `o_t [BM]`."""
+    num_pages, gap_pages = tl.load(p_num_pages + i_b), tl.load(p_gap_pages + i_b)
+    n = tl.load(p_seq_lens + i_b)
+    b_end = first_raw(n - num_queries + 1 + o_t, num_pages, gap_pages, L, W)
+    return first_raw(n, num_pages, gap_pages, L, W), b_end
 
 
 @triton.jit
@@ -74,9 +72,9 @@ def store_empty_part(p_lse, i_row, m_row, i_s, num_splits):
 
 
 @cache
-def num_splits(batch: int, num_kv_heads: int, max_pages: int, num_sms: int) -> int:
-    """Shares of the pages that keep the GPU busy: programs are warps, and registers hold 8 a SM."""
-    slots, pairs = 8 * num_sms, batch * num_kv_heads
+def parts_of_pages(num_requests: int, num_kv_heads: int, max_pages: int, num_sms: int) -> int:
+    """Shares of a request's pages that keep the GPU busy: programs are warps, and registers hold 8 a SM."""
+    slots, pairs = 8 * num_sms, num_requests * num_kv_heads
 
     def pages_in_turn(splits: int) -> int:
         rounds = -(-pairs * splits // slots)

@@ -1,4 +1,4 @@
-"""What the requests of a step bring to a layer, for writing its caches and for reading them."""
+"""What the host functions of the kernels take: a step, a layer, and the parts of split attention."""
 
 from __future__ import annotations
 
@@ -6,68 +6,91 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-
-class Batch(NamedTuple):
-    """B requests with T query tokens, and what these read.
-
-    Attributes
-    ----------
-    q : Tensor [T, Hq, D]
-        16 bits or float32; a row's heads contiguous.
-    query_start_loc : Tensor [B + 1], int32
-        First query token of each request; a request may have none.
-    page_table, num_pages : Tensor [B, max_pages], [B], int32
-        Pages of each request.
-    sm_scale : float
-        Of the scores, before the softmax.
-    sink_tokens : int
-        First tokens of a request, which are not read from pages.
-    max_query_len : int
-        Query tokens of a request, at most.
-    seq_lens, gap_pages : Tensor [B], int32, optional
-        Tokens of each request, its queries included: query tokens read pages as their own lengths say,
-        and at least `gap_pages`. Without them all read `num_pages`.
-    local_window : int
-        L, with `seq_lens`.
-    """
-
-    q: Tensor
-    query_start_loc: Tensor
-    page_table: Tensor
-    num_pages: Tensor
-    sm_scale: float
-    sink_tokens: int
-    max_query_len: int = 1
-    seq_lens: Tensor | None = None
-    gap_pages: Tensor | None = None
-    local_window: int = 0
+from fourier_vllm.kernels.gpu.launch import Launches
+from fourier_vllm.kernels.gpu.tables import Tables
+from fourier_vllm.window import Window
 
 
-class Tokens(NamedTuple):
-    """Keys and values of a step, and the caches that have those before.
+class Step(NamedTuple):
+    """B requests and their tokens, made once for all layers of an engine step.
 
     Attributes
     ----------
-    k, v : Tensor [T, H, D]
-        Tokens of this step, keys after RoPE; heads of a row contiguous.
-    local : Tensor [blocks, H, block_size, 2 * D]
-        The local cache, K and V of a token side by side.
-    pages : Tensor [blocks, ..., page_bytes], uint8
-        The page cache; a block may be wider than a page.
-    local_table, page_table : Tensor [B, max_blocks], [B, max_pages], int32
-        By position, and by index of the page.
     seq_lens, query_start_loc : Tensor [B], [B + 1], int32
-        Tokens of each request, this step included, and where its own begin in `k` and `v`.
-    sink_tokens : int
-        First tokens of a request, which are always read raw.
+        Tokens of each request, this step included, and where its own begin among those of the step.
+    page_table, local_table : Tensor [B, max_pages], [B, max_blocks], int32
+        Blocks of the page cache by index of the page, and of the local cache by position; entries that nobody
+        reads may be anything.
+    slots : Tensor [n], int64
+        Cells of the local cache for the step's first n tokens; padding is negative.
+    num_pages, gap_pages : Tensor [B], int32
+        Pages that a request's first query token reads, and those that it reads at least (`bounds.py`).
+    window : Window
+    max_query_len : int
+        Query tokens of a request, at most, where it attends pages.
     """
 
-    k: Tensor
-    v: Tensor
-    local: Tensor
-    pages: Tensor
-    local_table: Tensor
-    page_table: Tensor
     seq_lens: Tensor
     query_start_loc: Tensor
-    sink_tokens: int
+    page_table: Tensor
+    local_table: Tensor
+    slots: Tensor
+    num_pages: Tensor
+    gap_pages: Tensor
+    window: Window
+    max_query_len: int = 1
+
+    def first(self, n: int) -> Step:
+        """The first `n` requests, for attention: `slots` are still those of all."""
+        return self._replace(
+            seq_lens=self.seq_lens[:n],
+            query_start_loc=self.query_start_loc[: n + 1],
+            page_table=self.page_table[:n],
+            local_table=self.local_table[:n],
+            num_pages=self.num_pages[:n],
+            gap_pages=self.gap_pages[:n],
+        )
+
+
+class Layer(NamedTuple):
+    """A layer's tables and its two caches.
+
+    Attributes
+    ----------
+    tables : Tables
+    seals : Launches
+        Of `seal.py`, kept as long as `tables`.
+    scale : float
+        Of the scores, before the softmax.
+    pages : Tensor [blocks, ..., page_bytes], uint8
+        The page cache; a block may be wider than a page.
+    local : Tensor [blocks, H, block_size, 2 * D]
+        The local cache, K and V of a token side by side.
+    """
+
+    tables: Tables
+    seals: Launches
+    scale: float
+    pages: Tensor
+    local: Tensor
+
+
+class Parts(NamedTuple):
+    """Scratch of split attention for T query tokens: parts of the pages first, then those of raw tokens.
+
+    Attributes
+    ----------
+    acc, lse : Tensor [T, Hq, n, D], [T, Hq, n], float32
+        Normalised outputs, in V's rotated basis where they are of pages, and base-2 log-sum-exps. Empty
+        parts: `lse` is -inf, `acc` stays unwritten.
+    columns : Tensor [T, Hq, num_columns], float16
+        Queries by column of codes, for pages in fragment order.
+    of_pages, of_raw : int
+        n together; at least one is of pages.
+    """
+
+    acc: Tensor
+    lse: Tensor
+    columns: Tensor
+    of_pages: int
+    of_raw: int

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from operator import sub
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fourier_vllm.kernels.basis import dct_basis, fragment_basis, rotation
-from fourier_vllm.kernels.gpu.launch import Launch
 from fourier_vllm.page import (
     COLUMN_GROUP,
     ChannelPlanes,
@@ -164,8 +162,6 @@ class Tables:
         The sign bits of a 16-bit float of them.
     num_sms : int
         Multiprocessors, for grids that do not follow the work.
-    seal_launches : dict
-        Of `seal.py`, by what its kernel is compiled for.
     """
 
     layout: PageLayout
@@ -181,7 +177,6 @@ class Tables:
     sign_bits: Tensor
     signs_scale: float
     num_sms: int
-    seal_launches: dict[Any, Launch] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:

@@ -14,8 +14,8 @@ from fourier_vllm.kernels.gpu.operands_plain import load_fp16
 from fourier_vllm.kernels.gpu.seal import load_tokens
 from fourier_vllm.kernels.gpu.seal_fragments import swapped
 from fourier_vllm.kernels.gpu.split import BATCH_POINTERS, TL_DTYPES
-from fourier_vllm.kernels.gpu.step import Tokens
-from fourier_vllm.kernels.gpu.tables import Tables, next_power_of_2
+from fourier_vllm.kernels.gpu.step import Layer, Step
+from fourier_vllm.kernels.gpu.tables import next_power_of_2
 from fourier_vllm.page import run_of
 
 
@@ -43,7 +43,7 @@ def code_words(
 
 
 @triton.jit
-def codes_of(b_w, i_n, LEVELS: tl.constexpr):
+def codes_in_words(b_w, i_n, LEVELS: tl.constexpr):
     """Codes of slice `i_n` from words of bytes, int32."""
     b_x = (b_w >> (2 * i_n)) & 3
     for i_level in tl.static_range(1, LEVELS):
@@ -82,7 +82,7 @@ def unseal_channel(
         b_coded = tl.load(p_dim + H * D, mask=m_d, other=-1)
         o_s = tl.load(p_dim + 2 * H * D, mask=m_d, other=-1) if FRAGMENTS else b_coded
         b_scale = load_fp16(p_page + o_scale, o_s, b_coded >= 0).to(tl.float32)
-        b_x += codes_of(b_w, i_n, 4).to(tl.float32) * b_scale[None, :]
+        b_x += codes_in_words(b_w, i_n, 4).to(tl.float32) * b_scale[None, :]
         if not FRAGMENTS:
             b_zero = load_fp16(p_page + o_zero, b_coded, b_coded >= 0).to(tl.float32)
             b_x += b_zero[None, :]
@@ -130,7 +130,7 @@ def unseal_tokens(
             for i_level in tl.static_range(BITS // 2):
                 p_b = p_page + o_codes + (i_level * H + i_h) * (QW * D) + o_b
                 b_w |= tl.load(p_b, mask=m_k, other=0).to(tl.int32) << (8 * i_level)
-            b_x = codes_of(b_w, i_n, BITS // 2)
+            b_x = codes_in_words(b_w, i_n, BITS // 2)
             if BITS == 3:
                 if FRAGMENTS:
                     o_b = row_byte(o_j, o_k, D, EH, 16)
@@ -164,6 +164,7 @@ def unseal_kernel(
     V_SMALL: tl.constexpr, V_CODES: tl.constexpr, V_RAW: tl.constexpr,
     FRAGMENTS: tl.constexpr, EV: tl.constexpr, EH: tl.constexpr,
 ):  # fmt: skip
+    """Lay out K or V of one head for the tokens of one page of one request. Grid: (pages, n, 2 H)."""
     QW: tl.constexpr = W // 4
     i_p, i_y, i_x = begin // W + tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_h, is_v = first_row + i_y, i_x // 2, i_x % 2
@@ -220,9 +221,10 @@ def unseal_kernel(
 
 
 def unseal(
-    tables: Tables,
-    tokens: Tokens,
-    num_pages: Tensor,
+    layer: Layer,
+    step: Step,
+    k: Tensor,
+    v: Tensor,
     first_row: int,
     begin: int,
     max_len: int,
@@ -232,19 +234,20 @@ def unseal(
 ) -> None:
     """Write tokens of the n requests from `first_row` on to `k_out, v_out`, each from its token `begin` on.
 
-    Tokens before `sink_tokens`, and those behind the first `num_pages` pages, are taken as they are.
+    The sinks, and tokens behind the first `Step.num_pages` pages, are taken as they are.
 
     Parameters
     ----------
-    num_pages : Tensor [B], int32
-        Pages that each request reads.
+    k, v : Tensor [T, H, D]
+        Tokens of this step; heads of a row contiguous.
     begin, max_len : int
         A multiple of the page size, and tokens of a request, at most.
     starts : Tensor [n + 1], int32
         Where each request's rows begin in the outputs, and the end.
     k_out, v_out : Tensor [T, H, D], contiguous
     """
-    k, v, local, pages, local_table, page_table, seq_lens, query_start_loc, sink_tokens = tokens
+    tables, _, _, pages, local = layer
+    seq_lens, query_start_loc, page_table, local_table, _, num_pages, *_ = step
     layout, kt, vt = tables.layout, tables.k, tables.v
     H, W, D = layout.num_kv_heads, layout.page_size, layout.head_size
     BD = next_power_of_2(D)
@@ -253,7 +256,7 @@ def unseal(
         starts, k_out, v_out, tables.basis, tables.rotation, kt.dims, vt.dims,
         *kt.offsets, *tables.v_offsets,
         k.stride(0), v.stride(0), *local.stride()[:3], local_table.stride(0),
-        pages.stride(0), page_table.stride(0), sink_tokens,
+        pages.stride(0), page_table.stride(0), step.window.sink_tokens,
         tables.num_rows, first_row, begin,
         H=H, D=D, BD=BD, BK=min(64, BD), W=W, BLOCK=local.shape[2], V_BITS=tables.v_bits,
         DTYPE=TL_DTYPES[k.dtype],

@@ -1,4 +1,4 @@
-"""Attention metadata: one view and one plan a step, however many builders ask."""
+"""Attention metadata: one plan a step, however many builders ask."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
+from fourier_vllm.engine.cpu import path as cpu_path
 from fourier_vllm.engine.metadata import FourierMetadata, FourierMetadataBuilder
 from fourier_vllm.window import Window
 
@@ -29,12 +30,23 @@ def build(step: SimpleNamespace) -> FourierMetadata:
     return FourierMetadataBuilder.build(object.__new__(FourierMetadataBuilder), 0, step)
 
 
-def test_layers_with_pages_of_different_sizes_share_one_plan():
-    pages, local = common(), common()
-    first, second, other = build(pages), build(pages), build(local)
-    assert first is second
-    assert first is not other
-    assert first.plan(other, WINDOW) is second.plan(other, WINDOW)
+def test_layers_with_pages_of_different_sizes_share_one_plan(monkeypatch):
+    """They have builders of their own, and raw blocks in one group."""
+    made = []
+
+    def run(metadata: FourierMetadata) -> None:
+        path.run(None, None, None, None, torch.zeros(1, 1, 1, 256), None, metadata, local)
+
+    monkeypatch.setattr(cpu_path, "run_step", lambda codec, plan, *rest: made.append(plan))
+    path = object.__new__(cpu_path.CpuPath)
+    path.codec, path.window, path.scale = None, WINDOW, 1.0
+    pages, local = common(), build(common())
+    run(build(pages))
+    run(build(pages))
+    assert made[0] is made[1] is local.plan
+    local = build(common())
+    run(build(pages))
+    assert made[2] is not made[0]
 
 
 def test_a_step_has_metadata_of_its_own():

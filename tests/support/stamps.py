@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from vllm.v1.request import Request
 
-from fourier_vllm.engine.cpu.plan import Cells, StepPlan, make_plan
+from fourier_vllm.engine.cpu.plan import Cells, StepPlan, plan_tokens
 from fourier_vllm.window import Window
 
 POISON = -1
@@ -153,7 +153,7 @@ class Worker:
             slots.append(table[position // bs] * bs + position % bs)
         # Padding of CUDA graphs: rows without tokens, slots that are not stored.
         padding = self.random.randrange(3)
-        plan = make_plan(
+        plan = plan_tokens(
             self.window,
             torch.tensor([*starts, *[starts[-1]] * padding], dtype=torch.int32),
             torch.tensor(lens + [0] * padding, dtype=torch.int32),

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from fourier_vllm.engine.cpu.cells import load, load_blocks, store
-from fourier_vllm.engine.cpu.plan import DecodeStep, StepPlan
+from fourier_vllm.engine.cpu.plan import DecodeStep, StepPlan, plan_tokens
 from fourier_vllm.engine.cpu.prompts import prompt_attention
-from fourier_vllm.engine.metadata import LayerStep
+from fourier_vllm.engine.metadata import FourierMetadata
 from fourier_vllm.kernels.cpu import decode as decode_cpu
 from fourier_vllm.kernels.reference.attention import decode_attention
 from fourier_vllm.kernels.reference.codec import PageCodec
@@ -36,18 +36,51 @@ class CpuPath:
     def prepare(self) -> None:
         """A step's scratch is small."""
 
-    def run(self, step: LayerStep) -> None:
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        pages: torch.Tensor,
+        local: torch.Tensor,
+        metadata: FourierMetadata,
+        local_metadata: FourierMetadata,
+    ) -> None:
         """One layer of one step."""
-        plan = step.metadata.plan(step.local_metadata, self.window)
-        run_step(self.codec, plan, step, self.scale, self.window.sink_tokens)
+        plan = local_metadata.plan
+        if plan is None:
+            plan = local_metadata.plan = plan_of(self.window, metadata, local_metadata)
+        sink_tokens = self.window.sink_tokens
+        run_step(self.codec, plan, q, k, v, out, pages[:, 0, 0], local, self.scale, sink_tokens)
+
+
+def plan_of(window: Window, metadata: FourierMetadata, local_metadata: FourierMetadata) -> StepPlan:
+    """The plan of a step, from the metadata of the two caches."""
+    return plan_tokens(
+        window,
+        metadata.query_start_loc,
+        metadata.seq_lens,
+        metadata.is_prefilling.to(metadata.seq_lens.device),
+        metadata.block_table,
+        local_metadata.block_table,
+        local_metadata.slot_mapping,
+    )
 
 
 def run_step(
-    codec: PageCodec, plan: StepPlan, step: LayerStep, scale: float, sink_tokens: int
+    codec: PageCodec,
+    plan: StepPlan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    output: torch.Tensor,
+    pages: torch.Tensor,
+    local: torch.Tensor,
+    scale: float,
+    sink_tokens: int,
 ) -> None:
-    """One layer of one step whose plan is made."""
-    q, k, v, cache, local, output, *_ = step
-    pages = cache[:, 0, 0]
+    """One layer of one step whose plan is made; `pages [blocks, page_bytes]`."""
     store(local, plan.store_cells, k[plan.store], v[plan.store])
     if plan.seal is not None:
         done = plan.seal

@@ -113,7 +113,7 @@ def _page_ids(
     return table[row, slot].long(), row, slot
 
 
-def make_plan(
+def plan_tokens(
     window: Window,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,

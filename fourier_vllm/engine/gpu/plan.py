@@ -9,6 +9,7 @@ import torch
 
 from fourier_vllm.engine.metadata import FourierMetadata
 from fourier_vllm.kernels.gpu.bounds import read_bounds
+from fourier_vllm.kernels.gpu.step import Step
 from fourier_vllm.page import align
 from fourier_vllm.window import Window
 
@@ -49,10 +50,10 @@ class GpuPlan:
 
     Attributes
     ----------
-    slots : torch.Tensor
-        `[T]`, where the step's tokens go in the local cache.
-    num_pages, gap_pages : torch.Tensor
-        `[N]` int32, see `kernels.read_bounds`.
+    step : Step
+        All requests.
+    decodes : Step
+        Those with one query token.
     pieces : list of Piece
         Stretches of one request are neighbours, the last one last.
     in_flight : bool
@@ -60,21 +61,20 @@ class GpuPlan:
     """
 
     num_decodes: int
-    slots: torch.Tensor
-    num_pages: torch.Tensor
-    gap_pages: torch.Tensor
+    step: Step
+    decodes: Step
     pieces: list[Piece] = field(default_factory=list)
     in_flight: bool = True
 
 
-def make_plan(
+def plan_step(
     window: Window,
     pages: FourierMetadata,
     local: FourierMetadata,
     num_tokens: int,
     capacity: int,
 ) -> GpuPlan:
-    """Plan a step of a layer.
+    """Plan a step, for all layers that share both tables.
 
     Parameters
     ----------
@@ -107,7 +107,17 @@ def make_plan(
             num_pages,
             gap_pages,
         )
-    plan = GpuPlan(num_decodes, local.slot_mapping[:num_tokens], num_pages, gap_pages)
+    step = Step(
+        pages.seq_lens,
+        pages.query_start_loc,
+        pages.block_table,
+        local.block_table,
+        local.slot_mapping[:num_tokens],
+        num_pages,
+        gap_pages,
+        window,
+    )
+    plan = GpuPlan(num_decodes, step, step.first(num_decodes))
     if num_decodes < n:
         known = pages.seq_lens_cpu  # exact for requests that are prefilled
         seq_lens = (pages.seq_lens.cpu() if known is None else known)[num_decodes:]

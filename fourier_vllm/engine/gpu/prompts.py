@@ -10,7 +10,7 @@ import torch
 
 from fourier_vllm.engine.gpu.plan import GpuPlan
 from fourier_vllm.engine.gpu.prompt_attention import PromptAttention
-from fourier_vllm.kernels.gpu.step import Tokens
+from fourier_vllm.kernels.gpu.step import Layer
 from fourier_vllm.kernels.gpu.tables import Tables
 from fourier_vllm.kernels.gpu.unseal import unseal
 from fourier_vllm.page import align
@@ -64,7 +64,15 @@ class Prefill:
         q = k.new_empty(self.max_num_tokens, self.num_heads, k.shape[2], device="meta")
         k.new_empty(self.attention.memory(q, k), dtype=torch.uint8)
 
-    def run(self, plan: GpuPlan, tokens: Tokens, q: torch.Tensor, output: torch.Tensor) -> None:
+    def run(
+        self,
+        layer: Layer,
+        plan: GpuPlan,
+        q: torch.Tensor,
+        k_new: torch.Tensor,
+        v_new: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
         """Write `output [T, Hq, D]` of the requests after the first `plan.num_decodes`."""
         # In flight they lie token after token already.
         scratch = [] if plan.in_flight else self.scratch()
@@ -73,13 +81,14 @@ class Prefill:
             rows, n = piece.queries, sum(piece.key_lens)
             q_p, out = _rows(q, rows), _rows(output, rows)
             if not scratch:
-                k, v = _rows(tokens.k, rows), _rows(tokens.v, rows)
+                k, v = _rows(k_new, rows), _rows(v_new, rows)
             else:
                 k, v = (x[:n] for x in scratch[:2])
                 unseal(
-                    self.tables,
-                    tokens,
-                    plan.num_pages,
+                    layer,
+                    plan.step,
+                    k_new,
+                    v_new,
                     piece.first_row,
                     piece.begin,
                     max(piece.key_lens),

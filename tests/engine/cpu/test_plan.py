@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fourier_vllm.engine.cache.managers import FourierLocalManager
-from fourier_vllm.engine.cpu.plan import make_plan, raw_starts
+from fourier_vllm.engine.cpu.plan import plan_tokens, raw_starts
 from tests.support.scheduling import Engine, engine_config
 from tests.support.stamps import ReadError
 from tests.support.traffic import EXACT, MAX_MODEL_LEN, WINDOWED, simulate
@@ -135,7 +135,7 @@ def test_raw_starts(context, prefilling, nulls, windowed, exact):
 def test_stale_ids_below_the_window_are_not_read():
     """A worker's table keeps the ids of freed blocks: only positions may decide."""
     local = torch.arange(1, 33, dtype=torch.int32)[None]
-    plan = make_plan(
+    plan = plan_tokens(
         WINDOWED,
         torch.tensor([0, 1]),
         torch.tensor([300]),
@@ -156,7 +156,7 @@ def test_stale_ids_below_the_window_are_not_read():
 
 def test_a_batch_of_padding_only():
     zero = torch.zeros(2, 16, dtype=torch.int32)
-    plan = make_plan(
+    plan = plan_tokens(
         WINDOWED,
         torch.tensor([0, 0, 0]),
         torch.tensor([0, 0]),
@@ -173,7 +173,7 @@ def test_a_batch_of_padding_only():
 def test_one_token_of_a_prompt(exact):
     """A last chunk of one token is prefill where prefill is exact, a decode step otherwise."""
     window = replace(WINDOWED, exact_prefill=exact)
-    plan = make_plan(
+    plan = plan_tokens(
         window,
         torch.tensor([0, 1]),
         torch.tensor([200]),

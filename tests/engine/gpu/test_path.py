@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fourier_vllm.engine.cpu import path as reference_path
-from fourier_vllm.engine.metadata import FourierMetadata, LayerStep
+from fourier_vllm.engine.metadata import FourierMetadata
 from fourier_vllm.window import Window
 from tests.support.memory import peak_bytes
 from tests.support.numerics import assert_close
@@ -59,15 +60,17 @@ class Steps:
 
     def metadata(self, table, slots, starts, lens, prefilling) -> FourierMetadata:
         int32 = dict(dtype=torch.int32)
-        return FourierMetadata(
+        common = SimpleNamespace(
+            num_reqs=len(lens),
             query_start_loc=torch.tensor(starts, **int32).to(DEVICE),
             seq_lens=torch.tensor(lens, **int32).to(DEVICE),
             is_prefilling=torch.tensor(prefilling),
-            block_table=table,
+            block_table_tensor=table,
             slot_mapping=slots,
             query_start_loc_cpu=torch.tensor(starts, **int32),
-            seq_lens_cpu=torch.tensor(lens, **int32),
+            seq_lens_cpu_upper_bound=torch.tensor(lens, **int32),
         )
+        return FourierMetadata(common)
 
     def __call__(self, *work: tuple[int, int, bool]) -> None:
         """One step: requests, their query tokens, and whether they are prefilled; decodes first."""
@@ -91,13 +94,12 @@ class Steps:
         k, v = (torch.randn(T, H, D, generator=self.rng).to(DEVICE) for _ in range(2))
         out, expected = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
         before = self.local.clone()
-        step = LayerStep(q, k, v, self.pages, self.local, out, pages, local)
-        self.path.run(step)
+        self.path.run(q, k, v, out, self.pages, self.local, pages, local)
         # Attention over the pages that the kernels sealed: sealing has tests of its own.
-        pages._plans.clear()
-        plan = replace(pages.plan(local, self.window), seal=None)
-        step = step._replace(local=before, output=expected)
-        reference_path.run_step(self.codec, plan, step, D**-0.5, self.window.sink_tokens)
+        plan = replace(reference_path.plan_of(self.window, pages, local), seal=None)
+        sealed = self.pages[:, 0, 0]
+        sinks = self.window.sink_tokens
+        reference_path.run_step(self.codec, plan, q, k, v, expected, sealed, before, D**-0.5, sinks)
         assert torch.equal(before.nan_to_num(), self.local.nan_to_num())
         assert_close("out", expected.double(), out, 2e-3)
 
@@ -131,14 +133,15 @@ def test_decode_steps_as_graphs(recipe: str, fragments: bool) -> None:
     step((0, 190, True), (1, 100, True), (2, 5, True))
     run = step.path.run
 
-    def replay(layer_step: LayerStep) -> None:
-        run(layer_step)  # compiles
-        layer_step.output.fill_(torch.nan)
-        layer_step.metadata._plans.clear()
+    def replay(*layer_step) -> None:
+        run(*layer_step)  # compiles
+        _, _, _, out, *_, local_metadata = layer_step
+        out.fill_(torch.nan)
+        local_metadata.plan = None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(3):
-                run(layer_step)
+                run(*layer_step)
         graph.replay()
 
     step.path.run = replay
@@ -166,7 +169,7 @@ def test_padding_rows_write_nothing() -> None:
     q = torch.randn(2, H * G, D, device=DEVICE)
     k, v = (torch.randn(2, H, D, device=DEVICE) for _ in range(2))
     out = torch.full_like(q, torch.nan)
-    step.path.run(LayerStep(q, k, v, step.pages, step.local, out, pages, local))
+    step.path.run(q, k, v, out, step.pages, step.local, pages, local)
     assert torch.equal(before[0], step.pages)
     assert torch.equal(before[1].nan_to_num(), step.local.nan_to_num())
     assert out.isfinite().all()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fourier_vllm.kernels.gpu import decode, decode_raw, prefill, tables
-from fourier_vllm.kernels.gpu import join as reduce
+from fourier_vllm.kernels.gpu import decode, decode_raw, step, tables
+from fourier_vllm.kernels.gpu.join import join_parts
+from fourier_vllm.kernels.gpu.launch import Launches
 from fourier_vllm.kernels.gpu.query_columns import query_columns
-from fourier_vllm.kernels.gpu.step import Batch
+from fourier_vllm.window import Window
 from tests.support.numerics import DTYPES, assert_close
 from tests.support.pages import FRAGMENT_RECIPES, RECIPES, codec_of, tokens
 from tests.support.triton_kernels import DEVICE, needs_triton
@@ -107,31 +108,40 @@ class Case:
     def layout_tables(self) -> tables.Tables:
         return tables.Tables.build(self.codec.layout, DEVICE)
 
-    def decode(self, splits: int = 3, raw_splits: int = 2) -> torch.Tensor:
+    def ready(self, of_pages: int, of_raw: int, gaps: list[int] | None = None):
+        """What the host functions take: the layer, the step, queries and parts."""
         T, Hq, D = self.q.shape
         at = self.layout_tables()
         q, cache, local, page_table, table, starts = (
             x.to(DEVICE)
             for x in (self.q, self.cache, self.local, self.page_table, self.table, self.starts())
         )
-        num_pages, gaps, seq_lens = (
+        num_pages, gap_pages, seq_lens = (
             torch.tensor(x, dtype=torch.int32, device=DEVICE)
-            for x in (self.num_pages, self.gaps, self.seq_lens)
+            for x in (self.num_pages, gaps or self.gaps, self.seq_lens)
         )
-        acc = torch.full((T, Hq, splits + raw_splits, D), torch.nan, device=DEVICE)
-        lse = torch.full((T, Hq, splits + raw_splits), torch.nan, device=DEVICE)
-        columns = torch.empty(T, Hq, at.num_columns, dtype=torch.float16, device=DEVICE)
-        requests = Batch(
-            q, starts, page_table, num_pages, D**-0.5, self.sinks, max(self.query_lens), seq_lens,
-            gaps, self.window,
+        W = self.codec.layout.page_size
+        window = Window(W, self.window, self.sinks, BLOCK, exact_prefill=False)
+        requests = step.Step(
+            seq_lens, starts, page_table, table, starts[:0], num_pages, gap_pages, window,
+            max(self.query_lens),
         )  # fmt: skip
-        query_columns(at, q, requests.sm_scale, columns)
-        decode.attend_pages(at, requests, cache, acc, lse, splits, columns)
-        decode_raw.attend_raw(
-            requests, local, table, self.codec.layout.page_size, acc, lse, splits, raw_splits
+        parts = step.Parts(
+            torch.full((T, Hq, of_pages + of_raw, D), torch.nan, device=DEVICE),
+            torch.full((T, Hq, of_pages + of_raw), torch.nan, device=DEVICE),
+            torch.empty(T, Hq, at.num_columns, dtype=torch.float16, device=DEVICE),
+            of_pages,
+            of_raw,
         )
+        return step.Layer(at, Launches(), D**-0.5, cache, local), requests, q, parts
+
+    def decode(self) -> torch.Tensor:
+        layer, requests, q, parts = self.ready(3, 2)
+        query_columns(layer, q, parts)
+        decode.attend_pages(layer, requests, q, parts)
+        decode_raw.attend_raw(layer, requests, q, parts)
         out = torch.empty_like(q)
-        reduce.reduce(at, acc, lse, splits, out, None)
+        join_parts(layer.tables, parts, out)
         return out.cpu()
 
 
@@ -185,14 +195,12 @@ def test_the_same_twice() -> None:
 
 def test_a_chunk_over_the_pages_before_it() -> None:
     case = Case("balanced", seq_lens=(260, 40, 200), query_lens=(40, 3, 7), dtype="bfloat16")
-    q, cache, page_table, starts = (
-        x.to(DEVICE) for x in (case.q, case.cache, case.page_table, case.starts())
-    )
-    num_pages = torch.tensor(case.num_pages, dtype=torch.int32, device=DEVICE)
-    requests = Batch(
-        q, starts, page_table, num_pages, q.shape[-1] ** -0.5, case.sinks, max_query_len=40
-    )
-    out, lse = prefill.prefill_pages(case.layout_tables(), requests, cache)
+    # All query tokens of a request read all of its pages.
+    layer, requests, q, parts = case.ready(1, 0, gaps=case.num_pages)
+    query_columns(layer, q, parts)
+    decode.attend_pages(layer, requests, q, parts)
+    out, lse = torch.empty_like(q), parts.lse[..., 0]
+    join_parts(layer.tables, parts, out)
     assert_close("out", case.expected(pages_only=True), out.cpu(), TOLERANCE["bfloat16"])
     assert torch.equal(
         lse.isinf()[:, 0].cpu(), torch.tensor([False] * 40 + [True] * 3 + [False] * 7)

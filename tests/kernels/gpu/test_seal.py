@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from fourier_vllm.kernels.gpu import seal, tables
-from fourier_vllm.kernels.gpu.step import Tokens
+from fourier_vllm.kernels.gpu.launch import Launches
+from fourier_vllm.kernels.gpu.step import Layer, Step
+from fourier_vllm.window import Window
 from tests.support.numerics import DTYPES, assert_close
 from tests.support.pages import FRAGMENT_RECIPES, RECIPES, codec_of, tokens
 from tests.support.triton_kernels import DEVICE, needs_triton
@@ -57,11 +59,14 @@ def check(
     for i, slot in enumerate(slots.tolist()):
         if slot >= BLOCK:
             expected_local[slot // BLOCK, :, slot % BLOCK] = torch.cat([k_new[i], v_new[i]], -1)
-    step = Tokens(
-        *(x.to(DEVICE) for x in (k_new, v_new)), stored, got, table.to(DEVICE), ids.to(DEVICE),
-        torch.tensor(lens, dtype=torch.int32, device=DEVICE), starts.to(DEVICE), sinks,
+    window = Window(W, 2 * W, sinks, BLOCK, exact_prefill=False)
+    none = torch.zeros(B, dtype=torch.int32, device=DEVICE)
+    step = Step(
+        torch.tensor(lens, dtype=torch.int32, device=DEVICE), starts.to(DEVICE), ids.to(DEVICE),
+        table.to(DEVICE), slots.to(DEVICE), none, none, window,
     )  # fmt: skip
-    seal.seal(tables.Tables.build(codec.layout, DEVICE), step, slots.to(DEVICE))
+    layer = Layer(tables.Tables.build(codec.layout, DEVICE), Launches(), 1.0, got, stored)
+    seal.seal(layer, step, k_new.to(DEVICE), v_new.to(DEVICE))
     assert torch.equal(stored.cpu().nan_to_num(9e3), expected_local.nan_to_num(9e3))
     got = got.cpu()
     sealed = torch.zeros(len(pages), dtype=torch.bool)

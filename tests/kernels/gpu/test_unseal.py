@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from fourier_vllm.kernels.gpu import tables
-from fourier_vllm.kernels.gpu.step import Tokens
+from fourier_vllm.kernels.gpu.launch import Launches
+from fourier_vllm.kernels.gpu.step import Layer, Step
 from fourier_vllm.kernels.gpu.unseal import unseal
+from fourier_vllm.window import Window
 from tests.support.numerics import DTYPES, assert_close
 from tests.support.pages import FRAGMENT_RECIPES, RECIPES, codec_of, tokens
 from tests.support.triton_kernels import DEVICE, needs_triton
@@ -62,14 +64,21 @@ def check(
     def numbers(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
-    step = Tokens(
-        *torch.cat(flying, 1).to(DEVICE), local.to(DEVICE), pages.to(DEVICE), table.to(DEVICE),
-        ids.to(DEVICE), numbers(lens), numbers([0, *torch.tensor(query_lens).cumsum(0).tolist()]),
-        sinks,
+    step = Step(
+        numbers(lens), numbers([0, *torch.tensor(query_lens).cumsum(0).tolist()]), ids.to(DEVICE),
+        table.to(DEVICE), numbers([]), numbers(list(num_pages)), numbers([0] * B),
+        Window(W, 2 * W, sinks, BLOCK, exact_prefill=False),
     )  # fmt: skip
+    layer = Layer(
+        tables.Tables.build(codec.layout, DEVICE),
+        Launches(),
+        1.0,
+        pages.to(DEVICE),
+        local.to(DEVICE),
+    )
+    k_new, v_new = torch.cat(flying, 1).to(DEVICE)
     unseal(
-        tables.Tables.build(codec.layout, DEVICE), step, numbers(list(num_pages)), first_row, begin,
-        max(lens) - begin, numbers(starts), out[0], out[1],
+        layer, step, k_new, v_new, first_row, begin, max(lens) - begin, numbers(starts), out[0], out[1]
     )  # fmt: skip
     # What the model dtype rounds away.
     bound = 4e-3 if dtype == "bfloat16" else 1e-3
