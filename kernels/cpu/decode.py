@@ -1,6 +1,6 @@
 """Decode attention on a CPU, compiled by numba: one pass over the codes, nothing rebuilt in memory.
 
-The same sums as `reference_attention.decode_attention`, its ground truth; a work item is one KV head of
+The same sums as `reference/attention.py`, its ground truth; a work item is one KV head of
 one request. Loops run over contiguous bytes, so that LLVM makes vector code of them.
 """
 
