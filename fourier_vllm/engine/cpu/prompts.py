@@ -20,7 +20,7 @@ def prompt_attention(
     v: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """As `prefill_attention` of `kernels/reference/attention.py`, which takes the head sizes without a kernel."""
+    """As `reference.attention.prefill_attention`, which takes the head sizes without a kernel."""
     # Machines with a GPU import this module and need none of it.
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
