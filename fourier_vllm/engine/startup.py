@@ -14,7 +14,7 @@ from fourier_vllm._text import SUBJECT
 from fourier_vllm.engine import own_recipe
 from fourier_vllm.engine.fingerprint import compressed_layers
 from fourier_vllm.engine.kv_scheme import leave_kv_scheme
-from fourier_vllm.engine.patches import engine_startup
+from fourier_vllm.engine.patches import engine_startup, kv_cache_capacity
 from fourier_vllm.engine.platform import member
 from fourier_vllm.engine.recipe_choice import EngineRecipe, engine_recipe
 from fourier_vllm.engine.refuse import check_engine, check_replaced_weights
@@ -29,7 +29,10 @@ def settle(vllm_config: Any) -> None:
     ValueError
         The first problem found, in a sentence that begins with the backend's name.
     """
+    import vllm.v1.engine.core  # noqa: F401, for the patch
+
     engine_startup.listen()
+    kv_cache_capacity.install()
     leave_kv_scheme(vllm_config)
     check_engine(vllm_config)
     with _named():

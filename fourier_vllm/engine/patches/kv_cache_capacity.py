@@ -15,7 +15,11 @@ ENGINE_CORE = "vllm.v1.engine.core"
 
 
 def install() -> None:
-    """Wrap the function in a process that has an engine core; a second call does nothing."""
+    """Wrap the function in a process that has an engine core; a second call does nothing.
+
+    Called when the specs are imported, which a core of its own process does after its own module, and when an
+    engine is configured, for a core that runs in the user's process or is forked from it.
+    """
     core: Any = sys.modules.get(ENGINE_CORE)
     if core is None or hasattr(core.update_kv_cache_capacity, "__wrapped__"):
         return
