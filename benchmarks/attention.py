@@ -184,7 +184,9 @@ class Decode:
         seal.seal(self.bound, self.idle, self.k, self.v)
 
 
-def flash_attention(timer: Timer, Hq: int, H: int, D: int, batch: int, context: int, fp8: bool):
+def flash_attention(
+    timer: Timer, Hq: int, H: int, D: int, batch: int, context: int, fp8: bool
+) -> float | None:
     """FlashAttention 3 as vLLM ships it, over paged raw KV; None where it is not installed."""
     try:
         from vllm.vllm_flash_attn import flash_attn_varlen_func
@@ -259,7 +261,7 @@ def first_call() -> float:
 
 def measure(
     timer: Timer, bandwidth: float, name: str, recipe: str, batch: int, context: int
-) -> dict:
+) -> dict[str, Any]:
     shape = SHAPES[name]
     case = Decode(*shape, batch, context, recipe)
     ours, spread = timer(case.step)

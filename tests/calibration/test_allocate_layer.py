@@ -56,7 +56,8 @@ def test_is_the_best_for_what_it_spends_at_a_price(weights, page_size, data):
     price = data.draw(st.floats(1e-9, 1e6))
     choice = [
         min(
-            DISTORTION, key=lambda b, w=w: (w * DISTORTION[b] + price * cost_bytes(b, page_size), b)
+            DISTORTION,
+            key=lambda b, w=w: (w * DISTORTION[b] + price * cost_bytes(b, page_size), b),  # type: ignore[misc]
         )
         for w in weights
     ]

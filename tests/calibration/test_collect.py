@@ -3,6 +3,7 @@
 import math
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -174,7 +175,8 @@ def test_collecting_leaves_the_model_as_it_was(model):
 
 
 def test_an_interrupted_run_goes_on_where_it_was(llama):
-    documents, kept = texts(150, 150, 160), []
+    documents = texts(150, 150, 160)
+    kept: list[Any] = []
     whole = collect(llama, documents, W, M, S, L)
 
     def stop(done, sums):

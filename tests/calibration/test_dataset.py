@@ -41,7 +41,7 @@ def test_what_is_a_dataset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_rows_are_joined(folder: Path) -> None:
     pytest.importorskip("datasets", reason="datasets is not installed")
     found = read_dataset(Dataset(str(folder), None), "text", 10_000)
-    assert found == "\n\n".join(row["text"] for row in ROWS)
+    assert found == "\n\n".join(str(row["text"]) for row in ROWS)
     found = read_dataset(Dataset(str(folder), None), "prose", 10_000)
     assert found == "\n\n".join(f"prose {i}" for i in range(0, 100, 2))
     assert text_of(Options("m", text=folder, tokens=2)) == ("stories", "row 0\n\nrow 1\n\nro")

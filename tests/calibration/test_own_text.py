@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,8 @@ def test_too_short(llama, tokens, longest):
 
 
 def test_written_once(tmp_path):
-    path, written = tmp_path / "text.npz", []
+    path = tmp_path / "text.npz"
+    written: list[Any] = []
 
     def texts():
         written.append(torch.full((2, 5), len(written)))

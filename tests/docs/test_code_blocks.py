@@ -129,7 +129,7 @@ def test_excused_blocks_are_counted() -> None:
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_inline_code(page: Path) -> None:
-    names = set(cli.build_parser()._subparsers._group_actions[0].choices)  # type: ignore[union-attr]
+    names = set(cli.build_parser()._subparsers._group_actions[0].choices)
     for span in code_spans(page):
         if re.match(r"fourier-vllm [a-z]", span):
             assert span.split()[1] in names, span

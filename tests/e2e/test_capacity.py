@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,9 @@ LENGTH, DECODED = 512, 70
 @pytest.mark.parametrize("target", ["balanced", "lossless"])
 def test_reported_concurrency_is_real(toy, target, prefill):
     fourier = dict(target=target, prefill=prefill, page_size=64, local_window=64, sink_tokens=8)
-    options = dict(max_model_len=LENGTH, max_num_seqs=64, max_num_batched_tokens=256)
+    options: dict[str, Any] = dict(
+        max_model_len=LENGTH, max_num_seqs=64, max_num_batched_tokens=256
+    )
     options |= dict(num_gpu_blocks_override=300, enable_prefix_caching=False, dtype="bfloat16")
     with engine(toy(), fourier, **options) as llm:
         reported = int(llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency)
@@ -43,6 +46,7 @@ def test_reported_concurrency_is_real(toy, target, prefill):
 def test_capacity_against_stock(smollm2):
     """SmolLM2 at 8,192 tokens a request: at least 3.5x of stock in the same memory."""
     sizes = []
+    fourier: dict[str, Any] | None
     for fourier in (None, {}):
         options = dict(dtype="bfloat16", max_model_len=8192, max_num_batched_tokens=4096)
         with engine(smollm2, fourier, kv_cache_memory_bytes=1 << 30, **options) as llm:

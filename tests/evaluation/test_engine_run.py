@@ -155,7 +155,7 @@ def test_reasons_are_one_line() -> None:
     assert reason(ValueError("first.\nsecond")) == "first"
     assert reason(RuntimeError()) == "RuntimeError"
     with pytest.raises(ValueError, match="architecture") as refusal:
-        ModelFingerprint(architecture=1)
+        ModelFingerprint(architecture=1)  # type: ignore[call-arg]
     assert reason(refusal.value) == "Input should be a valid string"
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -193,7 +194,7 @@ def test_a_run_goes_on_where_it_stopped(llama, tmp_path: Path, monkeypatch) -> N
         return evaluate(options)
 
     want, real = run("at-once"), evaluation.measure
-    seen = []
+    seen: list[Any] = []
 
     def stops(*args) -> None:
         if len(seen) == 2:

@@ -25,7 +25,7 @@ MEMORY = 1 << 22
 
 def ours(reach: int = REACH):
     """Two compressed layers."""
-    local = replace(local_spec(WINDOWED), sliding_window=reach)
+    local = replace(local_spec(WINDOWED), sliding_window=reach)  # type: ignore[call-arg]
     # Pages large enough that vLLM puts several raw caches into one group.
     pages = {f"{i}.attn": page_spec(WINDOWED, 1 << 14) for i in (1, 3)}
     return pages | {name + SUFFIX: local for name in pages}

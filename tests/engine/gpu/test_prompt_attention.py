@@ -109,7 +109,7 @@ def test_pytorch_attends_in_tiles(monkeypatch, heads, dtype):
         old, new = slice(keys[i], keys[i + 1] - n), slice(keys[i + 1] - n, keys[i + 1])
         if n:
             x = [y.float() for y in (q[own], k[old], v[old], k[new], v[new])]
-            expected = prefill_attention(*x, SCALE)
+            expected = prefill_attention(*x, SCALE)  # type: ignore[call-arg]
             tolerance = 1e-5 if dtype == torch.float32 else 2e-2
             torch.testing.assert_close(out[own].float(), expected, atol=tolerance, rtol=tolerance)
 
