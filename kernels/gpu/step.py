@@ -42,6 +42,8 @@ class Step(NamedTuple):
 
     def first(self, n: int) -> Step:
         """The first `n` requests, for attention: `slots` are still those of all."""
+        if n == len(self.seq_lens):
+            return self
         return self._replace(
             seq_lens=self.seq_lens[:n],
             query_start_loc=self.query_start_loc[: n + 1],
