@@ -13,7 +13,7 @@ from tests.support.images import IMAGE_TOKENS, PAGE, TEXT
 def results(root, run_apart, tmp_path_factory):
     """Answers of stock attention, of lossless pages and of pages derived from the weights."""
     there = importlib.util.find_spec("torchvision") is not None
-    path = [] if there else [root / "tests/e2e/stand_ins"]
+    path = [] if there else [root / "tests/support/stand_ins"]
     return run_apart("tests.support.images", tmp_path_factory.mktemp("images"), *path)
 
 
