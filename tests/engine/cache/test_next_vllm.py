@@ -46,8 +46,9 @@ def test_tables_of_its_runner(run):
 
 
 def test_its_planner_scheduler_and_interfaces(run):
-    names = ("cache_groups", "fuzz_scheduler", "managers", "metadata", "plan", "upstream")
-    run(*(f"tests/test_{name}.py" for name in names), FOURIER_FUZZ_SECONDS="10")
+    names = ("cache", "cpu/test_plan.py", "test_metadata.py", "test_upstream.py")
+    folders = (f"tests/engine/{name}" for name in names)
+    run(*folders, "-m", "not slow", "-n", "2", FOURIER_FUZZ_SECONDS="10")
 
 
 def test_its_engine_beside_stock(run):
