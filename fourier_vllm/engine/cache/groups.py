@@ -22,15 +22,16 @@ def has_pages(kv_cache_config: Any) -> bool:
 def check_groups(kv_cache_config: Any) -> None:
     """Check that every group holds pages, raw caches or other layers, and has the manager for them.
 
-    A raw cache under vLLM's own sliding-window manager loses its pinned blocks, and pages under another
-    manager are hit when they are not whole: both are wrong answers without an error.
+    Pages of all layers are one group: layers whose raw caches share a group share the plan of a step. A raw
+    cache under vLLM's own sliding-window manager loses its pinned blocks, and pages under another manager are
+    hit when they are not whole: both are wrong answers without an error.
 
     Raises
     ------
     ValueError
-        A group is mixed, or another manager would run it.
+        A group is mixed, another manager would run it, or pages are in several groups.
     """
-    groups = kv_cache_config.kv_cache_groups
+    groups, num_page_groups = kv_cache_config.kv_cache_groups, 0
     names = {name for group in groups for name in group.layer_names}
     paged = {name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)}
 
@@ -43,9 +44,15 @@ def check_groups(kv_cache_config: Any) -> None:
         expected = {manager_of(name) for name in group.layer_names}
         found = KVCacheSpecRegistry.get_manager_class(group.kv_cache_spec)
         ours = found if found in (FourierLocalManager, FourierPageManager) else None
+        num_page_groups += ours is FourierPageManager
         if expected != {ours}:
             raise ValueError(
                 f"attention backend fourier cannot run beside this model's other caches: vLLM put "
                 f"{', '.join(group.layer_names[:3])} of {len(group.layer_names)} layers under "
                 f"{found.__name__}; change the option `local_window` by 16, and please report it."
             )
+    if num_page_groups != 1:
+        raise ValueError(
+            f"attention backend fourier cannot run {num_page_groups} groups of pages, which vLLM planned for "
+            "this model: leave out --attention-backend fourier for this model, and please report it."
+        )

@@ -80,6 +80,16 @@ def test_a_mixed_group_is_refused(tmp_path, specs, manager):
         check_groups(caches)
 
 
+def test_pages_in_two_groups_are_refused(tmp_path):
+    """Raw caches of one group would share a plan made for one of the tables of pages."""
+    _, caches = planned(tmp_path, ours())
+    pages = next(g for g in caches.kv_cache_groups if "1.attn" in g.layer_names)
+    both = [replace(pages, layer_names=[name]) for name in pages.layer_names]
+    caches.kv_cache_groups = [g for g in caches.kv_cache_groups if g is not pages] + both
+    with pytest.raises(ValueError, match="cannot run 2 groups of pages"):
+        check_groups(caches)
+
+
 def test_the_engine_core_asks(tmp_path, monkeypatch):
     """The check and the report hang on the function that vLLM's engine core calls after planning."""
     core = types.SimpleNamespace(update_kv_cache_capacity=update_kv_cache_capacity)
