@@ -59,14 +59,15 @@ class SoundFiles(FileCacheManager):
 def sound(path: Path) -> bool:
     """Whether a file of the cache is whole, as far as its kind tells."""
     try:
-        data = path.read_bytes()
+        size = path.stat().st_size
         if path.suffix == ".json":
-            return isinstance(json.loads(data), dict)
+            return isinstance(json.loads(path.read_bytes()), dict)
         if path.suffix in (".cubin", ".so"):
-            fields = ELF_HEADER.unpack_from(data)
+            with path.open("rb") as file:
+                fields = ELF_HEADER.unpack(file.read(ELF_HEADER.size))
             programs, sections, *sizes = fields[2:]
             ends = (programs + sizes[0] * sizes[1], sections + sizes[2] * sizes[3])
-            return fields[:2] == ELF_64 and max(ends) <= len(data)
-        return len(data) > 0
+            return fields[:2] == ELF_64 and max(ends) <= size
+        return size > 0
     except (OSError, ValueError, struct.error):
         return False
