@@ -70,8 +70,6 @@ class Binding:
         The recipe was predicted from dummy weights.
     """
 
-    layout: PageLayout
-    window: Window
     path: Path
     local: FourierLocalCache
     local_name: str
@@ -130,8 +128,6 @@ def bind(impl: FourierImpl, layer: Any, name: str) -> Binding:
     # Pages differ between layers, and vLLM's hook `customize_spec` knows no layer.
     layer.get_kv_cache_spec = lambda vllm_config: pages
     return Binding(
-        layout=layout,
-        window=window,
         path=_path(impl, layer, layout, window),
         local=local,
         local_name=name + SUFFIX,
