@@ -59,11 +59,12 @@ def decode(rows: list[dict[str, Any]]) -> str:
 
 
 def layers(rows: list[dict[str, Any]]) -> str:
-    """A layer's part of a step, and its launches one by one."""
+    """A layer's part of a step, and its launches one by one; commits of a case in the file's order."""
     lines = [
         [
             str(row["batch"]),
             f"{row['context']:,}",
+            row["commit"],
             f"{row['layer_us']:.1f}",
             f"{row['fa3_us']:.1f}",
             f"{row['layer_us'] / row['fa3_us']:.2f}",
@@ -71,5 +72,7 @@ def layers(rows: list[dict[str, Any]]) -> str:
         ]
         for row in sorted(rows, key=lambda row: (row["context"], row["batch"]))
     ]
-    head = ("batch", "context", "the whole layer", "FA3 with storing", "ours / FA3", *LAUNCHES)
+    head = (
+        "batch", "context", "commit", "the whole layer", "FA3 with storing", "ours / FA3", *LAUNCHES,
+    )  # fmt: skip
     return "\n".join(table(head, lines, 0))
