@@ -96,6 +96,7 @@ def test_wheel_holds_every_file_once(wheel: Path, source: Path) -> None:
     packaged = {
         *(p for p in source.glob("fourier_vllm/**/*.py")),
         *(p for p in source.glob("fourier_vllm/kernels/*.py")),
+        *(p for p in source.glob("fourier_vllm/calibration/texts/*")),
     }
     expected = {p.relative_to(source).as_posix() for p in packaged}
     assert expected | {"fourier_vllm/recipes/probe.json", "fourier_vllm/py.typed"} <= set(names)
