@@ -1,0 +1,108 @@
+"""Calibration text of several domains that ships with the package.
+
+`texts/PROVENANCE.md` says what the files are. A recipe calibrated on one kind of text loses on others;
+documents drawn evenly from all of these cost it less there.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from importlib.resources import files
+from typing import Any
+
+from torch import Tensor
+
+from fourier_vllm.calibration.text import check_length, cut
+
+DOMAINS = ("dialogue", "code", "prose", "languages", "manual", "tables")
+TODAY = datetime(2026, 11, 28)  # for templates that write the date: text must not change by the day
+
+
+def read_domains(tokenizer: Any) -> dict[str, str]:
+    """Text of each shipped domain by its name, in the order of `DOMAINS`.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+        Its chat template writes the conversations of `dialogue`, one after another. Where it has none,
+        or its template refuses a conversation, that conversation is lines of "User: " and "Assistant: ".
+
+    Returns
+    -------
+    dict of str to str
+        Without the beginning-of-text token that the tokenizer would add by itself.
+    """
+    folder = files("fourier_vllm.calibration") / "texts"
+    texts = {}
+    for name in DOMAINS:
+        if name == "dialogue":
+            conversations = json.loads((folder / f"{name}.json").read_text("utf-8"))
+            texts[name] = "".join(render(tokenizer, one) for one in conversations)
+        else:
+            texts[name] = (folder / f"{name}.txt").read_text("utf-8")
+    return texts
+
+
+def render(tokenizer: Any, conversation: list[dict[str, str]]) -> str:
+    """A conversation as the model reads it; plain lines where its template cannot write it."""
+    dated = "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+    options = {"strftime_now": TODAY.strftime} if dated else {}
+    try:
+        text: str = tokenizer.apply_chat_template(conversation, tokenize=False, **options)
+    except Exception:  # a template is a program: what it raises is its own choice
+        lines = (f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in conversation)
+        return "".join(lines) + "\n"
+    start = tokenizer("").input_ids[:1]
+    if start and start[0] == tokenizer.bos_token_id:
+        text = text.removeprefix(tokenizer.bos_token)
+    return text
+
+
+def mixed_documents(tokenizer: Any, tokens: int, page_size: int, longest: int) -> list[Tensor]:
+    """Documents of equal length, each of one shipped domain, domains in turn.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+    tokens : int
+        Tokens of all documents together; fewer where the texts are shorter, for every domain gives as
+        many documents as the others, or one less. Where `tokens` are few, documents are shorter than
+        `longest`, and as short as eight pages, so that each domain gives one.
+    page_size : int
+        Eight pages are the least that says something about a model.
+    longest : int
+        Tokens of a document, at most.
+
+    Returns
+    -------
+    list of Tensor [T], int64
+        Each starts with the model's beginning-of-text token if its texts do.
+
+    Raises
+    ------
+    ValueError
+        `tokens`, the model's context or the texts are too short.
+    """
+    least = check_length(tokens, longest, page_size)
+    texts = read_domains(tokenizer)
+    ids = (
+        tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        for text in texts.values()
+    )
+    shortest = min(map(len, ids))
+    if shortest < least:
+        raise ValueError(
+            f"shipped texts have {shortest} tokens a domain, and pages of {page_size} need {least}:"
+            " choose a smaller --page-size, or give a text."
+        )
+    count = max(-(-tokens // longest), min(len(texts), tokens // least))
+    size = min(tokens // count, shortest)
+    count = min(count, len(texts) * (shortest // size))
+    documents = []
+    for i, text in enumerate(texts.values()):
+        of_domain = len(range(i, count, len(texts)))
+        documents.append(
+            cut(tokenizer, text, of_domain * size, page_size, size) if of_domain else []
+        )
+    return [documents[i % len(texts)][i // len(texts)] for i in range(count)]
