@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
-from vllm.v1.worker.cpu_worker import CPUWorker
 
 from tests.support.engine import (
     KERNELS_LOSSLESS,
@@ -84,11 +82,10 @@ def tensors_in(thing: Any, seen: set[int]) -> Iterator[torch.Tensor]:
         yield from tensors_in(vars(thing), seen)
 
 
-class Memory(SleepModeBackend):
+class Memory:
     """A GPU's memory: what a level of sleep does not keep is lost."""
 
     def __init__(self, worker: Any) -> None:
-        super().__init__()
         runner = worker.model_runner
         layers = runner.compilation_config.static_forward_context.values()
         seen: set[int] = set()
@@ -108,15 +105,29 @@ class Memory(SleepModeBackend):
         pass
 
 
+def sleep_backend_of(memory: Memory) -> Any:
+    """`memory` as vLLM's worker takes it."""
+    from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
+
+    class Backend(SleepModeBackend):
+        suspend, resume = memory.suspend, memory.resume
+
+    return Backend()
+
+
 def test_sleep_and_reload(toy, on_the_gpu_path, monkeypatch):
     """Level 2 loses what was made while weights loaded, unless it is a buffer of the model."""
+    # Changes the process it is imported in: on a GPU no engine starts there afterwards.
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
     for name in ("sleep", "wake_up"):  # instead of these a GPU's, from which they are inherited
         monkeypatch.delattr(CPUWorker, name)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda *args: None)
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda *args: (0, 0))
     with engine(toy(), KERNELS_LOSSLESS | {"target": "balanced"}, **SLEEPY) as llm:
         worker = llm.llm_engine.model_executor.driver_worker.worker
-        memory = worker._sleep_mode_backend = Memory(worker)
+        memory = Memory(worker)
+        worker._sleep_mode_backend = sleep_backend_of(memory)
         saved = {id(x) for x in worker.model_runner.model.buffers()}
         assert memory.ours
         assert {id(x) for x in memory.ours} <= saved
