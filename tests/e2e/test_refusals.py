@@ -5,25 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
-from tests.support.refusals import SIZES, check_sentence
+from tests.support.refusals import FALCON, check_sentence
 from tests.support.scheduling import LLAMA
 
 # No recipe, and a projection that cannot be read: only the built layer shows it, in the engine's process.
-UNREADABLE: dict[str, Any] = dict(
-    SIZES,
-    architectures=["FalconForCausalLM"],
-    model_type="falcon",
-    hidden_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    alibi=False,
-    multi_query=True,
-    new_decoder_architecture=False,
-)
+UNREADABLE = dict(FALCON, alibi=False, new_decoder_architecture=False)
 
 
 @pytest.mark.parametrize(

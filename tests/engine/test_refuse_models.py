@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.refusals import DECODER, SIZES, check_sentence, refusal
+from tests.support.refusals import DECODER, FALCON, SIZES, check_sentence, refusal
 from tests.support.scheduling import LLAMA, engine_config
 
 SINKS = "learned attention sinks"
@@ -95,19 +95,7 @@ MODELS = {
         ),
         "ALiBi",
     ),
-    "alibi-by-choice": (
-        dict(
-            SIZES,
-            architectures=["FalconForCausalLM"],
-            model_type="falcon",
-            hidden_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            alibi=True,
-            multi_query=True,
-        ),
-        "ALiBi",
-    ),
+    "alibi-by-choice": (dict(FALCON, alibi=True), "ALiBi"),
     "learned-sinks": (
         dict(
             DECODER,

@@ -22,6 +22,16 @@ DECODER: dict[str, Any] = dict(
     head_dim=32,
 )
 
+FALCON: dict[str, Any] = dict(
+    SIZES,
+    architectures=["FalconForCausalLM"],
+    model_type="falcon",
+    hidden_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    multi_query=True,
+)
+
 
 def check_sentence(message: str, *words: str) -> None:
     """One sentence of one line about the backend that holds `words`."""
