@@ -213,18 +213,18 @@ class Worker:
             offsets = torch.arange(size).repeat(d.block.shape[1]).expand(len(d.block), -1)
             raw = self._cells(Cells(d.block.repeat_interleave(size, 1), offsets))
             mask = d.raw_mask.numpy()
-            page, row, slot = d.page.numpy(), d.row.numpy(), d.slot.numpy()
-            expect(int(slot.max(initial=-1)) < d.max_pages or not len(slot), "max_pages is short")
+            pages, bounds = d.page.numpy(), d.page_start.tolist()
+            expect(len(bounds) == len(d.query) + 1, "rows without pages of their own")
+            expect((bounds[0], bounds[-1]) == (0, len(pages)), "pages that no row reads")
             for n, query in enumerate(d.query.tolist()):
                 i = int(np.searchsorted(starts, query, side="right")) - 1
                 served.append(i)
-                order = np.argsort(slot[row == n])
-                expect((slot[row == n][order] == np.arange(len(order))).all(), "pages have a gap")
+                own = pages[bounds[n] : bounds[n + 1]]
                 self._check_read(
                     f"decode at {lens[i] - 1}",
                     stamps[i],
-                    self.page[page[row == n][order]].ravel(),
-                    self.window.sink_tokens if len(order) else 0,
+                    self.page[own].ravel(),
+                    self.window.sink_tokens if len(own) else 0,
                     raw[n][mask[n]],
                 )
         for p in plan.prefill:

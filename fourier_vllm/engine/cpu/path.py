@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from fourier_vllm.engine.cpu.cells import load, load_blocks, store
+from fourier_vllm.engine.cpu.cells import load, store
 from fourier_vllm.engine.cpu.plan import DecodeStep, StepPlan, plan_tokens
 from fourier_vllm.engine.cpu.prompts import prompt_attention
 from fourier_vllm.engine.metadata import FourierMetadata
 from fourier_vllm.kernels.cpu import decode as decode_cpu
-from fourier_vllm.kernels.reference.attention import decode_attention
 from fourier_vllm.kernels.reference.codec import PageCodec
 from fourier_vllm.page import PageLayout
 from fourier_vllm.window import Window
@@ -92,8 +91,7 @@ def run_step(
             v_page = torch.where(fresh, v_page, v_old.to(v.dtype))
         pages[done.page] = codec.seal(k_page, v_page, done.num_pinned)
     if plan.decode is not None:
-        attend = _decode_on_cpu if pages.device.type == "cpu" else _decode
-        out = attend(codec, plan.decode, q, pages, local, scale, sink_tokens)
+        out = attend_decodes(codec, plan.decode, q, pages, local, scale, sink_tokens)
         output[plan.decode.query] = out.flatten(1, 2).to(output.dtype)
     for p in plan.prefill:
         k_raw, v_raw = load(local, p.cells)
@@ -106,7 +104,7 @@ def run_step(
         ).to(output.dtype)
 
 
-def _decode_on_cpu(
+def attend_decodes(
     codec: PageCodec,
     step: DecodeStep,
     q: torch.Tensor,
@@ -115,6 +113,7 @@ def _decode_on_cpu(
     scale: float,
     sink_tokens: int,
 ) -> torch.Tensor:
+    """`[N, H, G, D]` of the requests with one query token."""
     return decode_cpu.decode_attention(
         codec,
         q[step.query].unflatten(1, (local.shape[1], -1)),
@@ -124,31 +123,6 @@ def _decode_on_cpu(
         sink_tokens,
         local,
         step.block,
-        step.raw_mask,
-        scale,
-    )
-
-
-def _decode(
-    codec: PageCodec,
-    step: DecodeStep,
-    q: torch.Tensor,
-    pages: torch.Tensor,
-    local: torch.Tensor,
-    scale: float,
-    sink_tokens: int,
-) -> torch.Tensor:
-    k_raw, v_raw = load_blocks(local, step.block, step.raw_mask).chunk(2, -1)
-    return decode_attention(
-        codec,
-        q[step.query].unflatten(1, (local.shape[1], -1)),
-        pages.index_select(0, step.page),
-        step.row,
-        step.slot,
-        step.max_pages,
-        sink_tokens,
-        k_raw,
-        v_raw,
         step.raw_mask,
         scale,
     )

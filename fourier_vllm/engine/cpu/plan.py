@@ -38,10 +38,7 @@ class DecodeStep:
 
     query: torch.Tensor  # [N] row of each request's query
     page: torch.Tensor  # [P]
-    row: torch.Tensor  # [P] which of the N rows a page belongs to
-    slot: torch.Tensor  # [P] index of the page in its request
     page_start: torch.Tensor  # [N + 1] where each request's pages begin
-    max_pages: int
     block: torch.Tensor  # [N, B] raw blocks, pinned ones first
     raw_mask: torch.Tensor  # [N, B * block_size] bool, True where a token is read
 
@@ -102,15 +99,6 @@ def raw_starts(
 def _cells(table: torch.Tensor, positions: torch.Tensor, block_size: int) -> Cells:
     """Cells of `positions [N, T]` through `table [N, blocks]`."""
     return Cells(table.gather(1, positions // block_size).long(), positions % block_size)
-
-
-def _page_ids(
-    table: torch.Tensor, num_pages: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, rows and slots of the first `num_pages [N]` pages of each row."""
-    used = torch.arange(table.shape[1], device=table.device)[None] < num_pages[:, None]
-    row, slot = used.nonzero(as_tuple=True)
-    return table[row, slot].long(), row, slot
 
 
 def plan_tokens(
@@ -204,7 +192,7 @@ def _plan_decode(
 ) -> DecodeStep:
     bs = window.block_size
     num_pages = raw // window.page_size
-    page, row, slot = _page_ids(page_table, num_pages)
+    used = torch.arange(page_table.shape[1], device=raw.device)[None] < num_pages[:, None]
     pinned = torch.arange(window.num_pinned_blocks, device=raw.device).expand(len(raw), -1)
     last = (seq_lens[:, None] - 1) // bs
     recent = raw[:, None] // bs
@@ -216,11 +204,8 @@ def _plan_decode(
     mask = torch.cat([sinks, recent[..., None] * bs + offset < seq_lens[:, None, None]], 1)
     return DecodeStep(
         query=query,
-        page=page,
-        row=row,
-        slot=slot,
+        page=page_table[used].long(),
         page_start=torch.nn.functional.pad(num_pages.cumsum(0), (1, 0)),
-        max_pages=int(num_pages.max()),
         block=local_table.gather(1, torch.minimum(index, last)).long(),
         raw_mask=mask.flatten(1),
     )

@@ -11,6 +11,7 @@ import torch
 from fourier_vllm.engine.cpu import path as reference_path
 from fourier_vllm.engine.metadata import FourierMetadata
 from fourier_vllm.window import Window
+from tests.support.decode_oracle import attend_decodes
 from tests.support.memory import peak_bytes
 from tests.support.numerics import assert_close
 from tests.support.pages import codec_of
@@ -106,8 +107,8 @@ class Steps:
 
 @pytest.fixture(autouse=True)
 def on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The compiled CPU decode reads plain order only.
-    monkeypatch.setattr(reference_path, "_decode_on_cpu", reference_path._decode)
+    # The compiled CPU decode reads plain order in a CPU's memory only.
+    monkeypatch.setattr(reference_path, "attend_decodes", attend_decodes)
     # vLLM's workspace grows on accelerators only.
     if DEVICE == "cpu":
         monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)

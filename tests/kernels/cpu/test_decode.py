@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourier_vllm.engine.cpu.cells import load_blocks
 from fourier_vllm.kernels.cpu import decode as decode_cpu
 from fourier_vllm.kernels.reference.attention import decode_attention
+from tests.support.decode_oracle import load_blocks
 from tests.support.numerics import DTYPES, assert_close
 from tests.support.pages import RECIPES, codec_of, tokens
 
