@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -61,10 +61,19 @@ class Token(NamedTuple):
     zero: int
 
 
-@cache
-def numbers(codec: PageCodec) -> tuple[Channel, Channel, Token]:
+Numbers = tuple[Channel, Channel, Token]
+_made: WeakKeyDictionary[PageCodec, Numbers] = WeakKeyDictionary()  # a step asks once a layer
+
+
+def numbers(codec: PageCodec) -> Numbers:
     """K's planes and V's; one of the two for V is a stand-in."""
-    layout = codec.layout
+    found = _made.get(codec)
+    if found is None:
+        found = _made[codec] = _numbers(codec.layout)
+    return found
+
+
+def _numbers(layout: PageLayout) -> Numbers:
     k = _channel(layout.k, layout)
     if isinstance(layout.v, TokenPlanes):
         return k, k, _token(layout.v)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourier_vllm.kernels.cpu import decode as decode_cpu
+from fourier_vllm.kernels.cpu import layout
 from fourier_vllm.kernels.reference.attention import decode_attention
 from tests.support.decode_oracle import load_blocks
 from tests.support.numerics import DTYPES, assert_close
@@ -124,3 +127,12 @@ def test_threads_share_the_work(threads):
 )
 def test_any_batch(rows, sinks, recipe, group):
     check(recipe, [r[0] for r in rows], [r[1] for r in rows], sinks, group, seed=len(rows))
+
+
+def test_a_codec_is_freed_with_its_layer():
+    codec = codec_of()
+    numbers = layout.numbers(codec)
+    assert layout.numbers(codec) is numbers
+    gone = weakref.ref(codec)
+    del codec
+    assert gone() is None
