@@ -97,8 +97,18 @@ def test_no_numba_on_a_gpu():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+@pytest.fixture
+def settle():
+    """Settles anew, and leaves nothing settled."""
+    from fourier_vllm.engine.gpu import triton_cache
+
+    triton_cache.settle.cache_clear()
+    yield triton_cache.settle
+    triton_cache.settle.cache_clear()
+
+
 @pytest.mark.parametrize("place", ["free", "a-file", "below-a-file"])
-def test_triton_keeps_its_kernels_somewhere(tmp_path, monkeypatch, place):
+def test_triton_keeps_its_kernels_somewhere(tmp_path, monkeypatch, settle, place):
     from triton import knobs
 
     from fourier_vllm.engine.gpu import triton_cache
@@ -108,7 +118,7 @@ def test_triton_keeps_its_kernels_somewhere(tmp_path, monkeypatch, place):
     (tmp_path / "file").touch()
     folder = {"free": "new/cache", "a-file": "file", "below-a-file": "file/cache"}[place]
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / folder))
-    triton_cache.settle()
+    settle()
     assert os.access(knobs.cache.dir, os.W_OK)
     assert (knobs.cache.dir == str(tmp_path / folder)) == (place == "free")
     assert len(said) == (place != "free")
@@ -119,7 +129,7 @@ KERNEL = {"k.json": b'{"name": "k"}', "k.ptx": b"// ptx", "k.cubin": None, "k.so
 
 
 @pytest.fixture
-def triton_files(tmp_path, monkeypatch):
+def triton_files(tmp_path, monkeypatch, settle):
     """A folder of Triton's cache with one kernel, and the manager that reads it."""
     from triton import knobs
 
@@ -127,7 +137,7 @@ def triton_files(tmp_path, monkeypatch):
 
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(knobs.cache, "manager_class", None)
-    triton_cache.settle()
+    settle()
     library = Path(sys.executable).read_bytes()  # an ELF file
     cache = get_cache_manager("c0ffee")
     assert type(cache) is triton_cache.SoundFiles
@@ -158,11 +168,9 @@ def test_triton_passes_damaged_files_over(triton_files, name, damage):
     assert name != "k.so" or cache.get_file(name) is None
 
 
-def test_a_cache_manager_that_the_user_chose_stays(monkeypatch):
+def test_a_cache_manager_that_the_user_chose_stays(monkeypatch, settle):
     from triton import knobs
 
-    from fourier_vllm.engine.gpu import triton_cache
-
     monkeypatch.setattr(knobs.cache, "manager_class", RemoteCacheManager)
-    triton_cache.settle()
+    settle()
     assert knobs.cache.manager_class is RemoteCacheManager

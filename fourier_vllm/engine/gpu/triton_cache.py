@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import tempfile
+from functools import cache
 from pathlib import Path
 
 from triton import knobs
@@ -19,8 +20,9 @@ ELF_HEADER = struct.Struct("<4sB27xQQ6xHHHH2x")
 ELF_64 = (b"\x7fELF", 2)
 
 
+@cache
 def settle() -> None:
-    """Give Triton a folder that can be written, and a cache that passes damaged files over.
+    """Give Triton a folder that can be written, and a cache that passes damaged files over, once a process.
 
     Triton by itself would end the first launch, or load a kernel that was cut off.
     """
