@@ -26,7 +26,8 @@ PROMPT_ATTENTIONS = ("auto", "flash", "xformers", "torch")
 LOCAL_BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 WINDOW_MIN, WINDOW_MAX, WINDOW_STEP = 16, 65536, 16
 ORIGIN = f"{SUBJECT}: additional_config fourier"
-OWN_TEXT = "own-text"  # a recipe made at the first start; a file of this name is ./own-text
+# Recipes that are no files; files of these names are ./measured and ./weights.
+MEASURED, WEIGHTS = "measured", "weights"
 
 
 class Option(NamedTuple):
@@ -81,9 +82,12 @@ class FourierConfig:
     )
     recipe: str | None = _option(
         None,
-        f"path, {OWN_TEXT}",
-        "Recipe file, or one made at the first start.",
-        shown="bundled if one fits, else predicted from the weights",
+        f"path, {MEASURED}, {WEIGHTS}",
+        "Recipe file, or whether the engine measures its model or predicts bits from the weights.",
+        shown="bundled if one fits, else measured",
+    )
+    calibration_text: str | None = _option(
+        None, "path", "Text that the engine measures its model on.", shown="what the package ships"
     )
     prefill: str = _option(
         "windowed",
@@ -124,9 +128,17 @@ class FourierConfig:
             _refuse(
                 "recipe", "the path of a JSON file or null", path, "give a path or leave it out"
             )
-        if path == OWN_TEXT and self.target == "lossless":
-            way_out = "leave it out"
-            _refuse("recipe", "a path or null with target lossless", path, way_out)
+        if path in (MEASURED, WEIGHTS) and self.target == "lossless":
+            _refuse("recipe", "a path or null with target lossless", path, "leave it out")
+        text = self.calibration_text
+        if text is not None and (not isinstance(text, str) or not text.strip()):
+            _refuse("calibration_text", "the path of a text file or null", text, "leave it out")
+        if text is not None and (path not in (None, MEASURED) or self.target == "lossless"):
+            found = f"one beside recipe {path!r}" if path else "one beside target lossless"
+            raise ValueError(
+                f"{ORIGIN}.calibration_text is for recipes that the engine measures, found {found}: "
+                "leave one of them out."
+            )
         if page is not None and (type(page) is not int or page not in PAGE_SIZES):
             _refuse("page_size", "32, 64, 128, 256 or null", page, "choose one of these")
         if window is not None and (

@@ -129,7 +129,7 @@ def calibrate(options: Options, progress: Path) -> Recipe:
         text=own_text.NAME if text is None else text[0],
         tokens=sum(map(len, documents)),
         date=datetime.now(timezone.utc).date().isoformat(),
-        tool=f"fourier-vllm {_version()}",
+        tool=tool_version(),
         model=model_name(options.model),
     )
     recipe = measured_recipe(fingerprint, statistics, options, provenance)
@@ -267,8 +267,9 @@ def check_output(path: Path) -> None:
         )
 
 
-def _version() -> str:
+def tool_version() -> str:
+    """Name and version of this package, for provenance."""
     try:
-        return version("fourier-vllm")
+        return f"fourier-vllm {version('fourier-vllm')}"
     except PackageNotFoundError:
-        return "from source"
+        return "fourier-vllm from source"

@@ -6,6 +6,7 @@ documents drawn evenly from all of these cost it less there.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from datetime import datetime
 from importlib.resources import files
@@ -42,6 +43,14 @@ def read_domains(tokenizer: Any) -> dict[str, str]:
         else:
             texts[name] = (folder / f"{name}.txt").read_text("utf-8")
     return texts
+
+
+def texts_digest() -> str:
+    """Tells versions of the shipped texts apart."""
+    digest = hashlib.sha256()
+    for file in sorted((files("fourier_vllm.calibration") / "texts").iterdir(), key=str):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def render(tokenizer: Any, conversation: list[dict[str, str]]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
@@ -110,6 +111,7 @@ class FourierImpl(AttentionImpl):
         self.kv_cache_dtype = kv_cache_dtype
         self.sliding_window = sliding_window
         self.bound: Binding | None = None
+        self.is_loaded = False
         self.run_sliding: Callable[..., None] | None = None
         self.prompts: PromptAttention | None = None  # on a GPU
         device = self.vllm_config.device_config.device
@@ -133,7 +135,7 @@ class FourierImpl(AttentionImpl):
                 f"{SUBJECT} does not support a full-attention layer where the model's config names "
                 f"another kind (layer_types): {WAY_OUT}."
             )
-        if is_whole and is_compressed and self.engine.recipe is None and not can_read(ancestry):
+        if is_whole and is_compressed and self.engine.is_predicted and not can_read(ancestry):
             raise no_recipe(model.hf_config)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -149,8 +151,28 @@ class FourierImpl(AttentionImpl):
             check_reload(self.bound.is_derived_from_dummies)
         elif self.sliding_window is not None:
             self.run_sliding = bind_sliding(layer)
+        elif self.engine.is_measured:  # not yet bound
+            self.is_loaded = True
+            self._bind_all(layers)
         else:
             self.bound = bind(self, layer, name)
+
+    def _bind_all(self, layers: Mapping[str, Any]) -> None:
+        """Once the last layer is loaded, and with it the model, measure it and bind all layers."""
+        attention = {name: x for name, x in layers.items() if isinstance(x, Attention)}
+        ours = {
+            name: x.impl
+            for name, x in attention.items()
+            if isinstance(x.impl, FourierImpl) and x.impl.sliding_window is None
+        }
+        if not all(impl.is_loaded for impl in ours.values()):
+            return
+        from fourier_vllm.engine.measure.start import settled
+
+        engine = settled(self.engine, self.vllm_config, attention)
+        for name, impl in ours.items():
+            impl.engine = engine
+            impl.bound = bind(impl, attention[name], name)
 
     @staticmethod
     def has_kernels(device: torch.device) -> bool:

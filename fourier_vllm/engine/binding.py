@@ -67,7 +67,7 @@ class Binding:
     local : FourierLocalCache
         The companion that holds raw K and V, registered with vLLM as `local_name`.
     is_derived_from_dummies : bool
-        The recipe was predicted from dummy weights.
+        The recipe was measured on, or predicted from, dummy weights.
     """
 
     path: Path
@@ -131,7 +131,8 @@ def bind(impl: FourierImpl, layer: Any, name: str) -> Binding:
         path=_path(impl, layer, layout, window),
         local=local,
         local_name=name + SUFFIX,
-        is_derived_from_dummies=engine.recipe is None and config.load_config.load_format == "dummy",
+        is_derived_from_dummies=engine.depends_on_weights
+        and config.load_config.load_format == "dummy",
     )
 
 

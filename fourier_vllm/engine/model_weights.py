@@ -28,9 +28,9 @@ class UnreadableError(Exception):
 
 
 class Ancestry:
-    """Records the module that holds an attention layer, and the module that holds that one.
+    """Records the module that holds an attention layer, the module that holds that one, and the whole model.
 
-    `adopted` is called at both moments, while the model is built; what it raises ends the start.
+    `adopted` is called at the first two moments, while the model is built; what it raises ends the start.
     """
 
     def __init__(
@@ -40,18 +40,20 @@ class Ancestry:
         self.layer: nn.Module | None = None
         self.attention: nn.Module | None = None
         self.block: nn.Module | None = None
+        self.root: nn.Module | None = None
         self._handle = register_module_module_registration_hook(self._adopted)
 
     def _adopted(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
         if child is None:
             return
         if getattr(child, "impl", None) is self._impl:
-            self.layer, self.attention = child, parent
+            self.layer, self.attention, self.root = child, parent, parent
             self._tell(self)
-        elif child is self.attention:
-            self.block = parent
-            self.forget()
-            self._tell(self)
+        elif child is self.root:
+            self.root = parent
+            if child is self.attention:
+                self.block = parent
+                self._tell(self)
 
     def forget(self) -> None:
         """Stop listening."""

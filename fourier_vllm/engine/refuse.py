@@ -10,7 +10,8 @@ from typing import Any
 from packaging.version import Version
 
 from fourier_vllm._text import SUBJECT, show
-from fourier_vllm.config import FourierConfig
+from fourier_vllm.config import MEASURED, FourierConfig
+from fourier_vllm.engine.measure.possible import why_not
 from fourier_vllm.engine.platform import member
 
 SUPPORTED_VLLM = (Version("0.32"), Version("0.34"))
@@ -51,6 +52,23 @@ def check_engine(vllm_config: Any) -> None:
     check_vllm_version()
     for problem, way_out in _problems(vllm_config):
         raise ValueError(f"{SUBJECT} does not support {problem}: {way_out}.")
+
+
+def check_measurable(vllm_config: Any) -> None:
+    """Refuse a measured recipe, asked for by name, where the model cannot be measured.
+
+    Raises
+    ------
+    ValueError
+        It cannot.
+    """
+    options, reason = FourierConfig.from_engine(vllm_config), why_not(vllm_config)
+    asked = options.recipe == MEASURED or options.calibration_text is not None
+    if asked and reason is not None:
+        raise ValueError(
+            f"{SUBJECT} cannot measure this model ({reason}): leave out the options `recipe` and "
+            "`calibration_text`, or name a recipe that `fourier-vllm calibrate` made."
+        )
 
 
 def check_replaced_weights(vllm_config: Any) -> None:

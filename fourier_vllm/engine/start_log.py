@@ -69,23 +69,20 @@ def log_capacity(vllm_config: Any, kv_cache_config: Any) -> None:
         )
 
 
-def log_predicted(target: str, is_dummy: bool = False) -> None:
-    """Log that no recipe was measured for this model, what runs instead, and what a measured one takes."""
-    if is_dummy:
+def log_predicted(target: str, reason: str | None) -> None:
+    """Log that bits are predicted; `reason` says as a clause why, None that the user wants it so."""
+    if reason is not None:
         logger.warning_once(
-            "fourier: bits are predicted from dummy weights (--load-format dummy): real ones need a recipe "
-            "of their own"
+            "fourier: this model is not measured: %s; bits are predicted from its weights for target %s; "
+            "smaller pages of the same quality need a recipe: `fourier-vllm calibrate` makes one for the "
+            "option `recipe`",
+            reason,
+            target,
         )
-    logger.info_once(
-        "fourier: no recipe has been measured for this model: bits are predicted from its weights for target "
-        '%s; smaller pages of the same quality need a measured recipe: set "recipe": "own-text", or run '
-        "`fourier-vllm calibrate`",
-        target,
-    )
     ratio, held = TARGETS[target].ratio, TARGETS[PREDICTED_TARGET].ratio
     if ratio is not None and held is not None and ratio > held:
         logger.warning_once(
             "fourier: predicted bits at target %s lost answers of real models in tests: leave out `target` "
-            "or measure a recipe",
+            "and `recipe`",
             target,
         )

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from fourier_vllm._text import SUBJECT
-from fourier_vllm.engine import own_recipe
 from fourier_vllm.engine.fingerprint import compressed_layers
 from fourier_vllm.engine.kv_scheme import leave_kv_scheme
+from fourier_vllm.engine.measure.possible import why_not
 from fourier_vllm.engine.patches import engine_startup, kv_cache_capacity
 from fourier_vllm.engine.platform import member
 from fourier_vllm.engine.recipe_choice import EngineRecipe, engine_recipe
-from fourier_vllm.engine.refuse import check_engine, check_replaced_weights
+from fourier_vllm.engine.refuse import check_engine, check_measurable, check_replaced_weights
 from fourier_vllm.engine.start_log import log_predicted
 
 
@@ -35,12 +35,12 @@ def settle(vllm_config: Any) -> None:
     kv_cache_capacity.install()
     leave_kv_scheme(vllm_config)
     check_engine(vllm_config)
-    with _named():
-        own_recipe.settle(vllm_config)
+    check_measurable(vllm_config)
     engine = resolve(vllm_config)
     if engine.recipe is None:
         check_replaced_weights(vllm_config)
-        log_predicted(engine.target, vllm_config.load_config.load_format == "dummy")
+    if engine.is_predicted:
+        log_predicted(engine.target, why_not(vllm_config))
     if vllm_config.device_config.device_type != "cpu":
         leave_sliding_windows(vllm_config)
 

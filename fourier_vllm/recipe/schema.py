@@ -99,8 +99,9 @@ class Provenance(_Model):
 
     Attributes
     ----------
-    source : {"calibrated", "weights", "manual"}
-        Measured on text, predicted from the weights, or written by hand.
+    source : {"calibrated", "measured", "weights", "manual"}
+        Measured on text by `fourier-vllm calibrate`, or by an engine, predicted from the weights, or
+        written by hand.
     text, date, tool, model : str or None
         Calibration text, ISO date, tool and version, model id and revision.
     tokens : int or None
@@ -109,7 +110,7 @@ class Provenance(_Model):
         KL to exact attention and rise of the NLL on held-out text, nats a token.
     """
 
-    source: Literal["calibrated", "weights", "manual"]
+    source: Literal["calibrated", "measured", "weights", "manual"]
     text: str | None = Field(default=None, max_length=2048)
     tokens: int | None = Field(default=None, ge=0, le=1 << 62)
     date: str | None = Field(default=None, max_length=64)

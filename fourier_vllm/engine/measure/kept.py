@@ -1,0 +1,90 @@
+"""Where measured recipes are kept: one file each, named by everything that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fourier_vllm.files import cache_dir, locked
+from fourier_vllm.recipe import Recipe, RecipeError
+
+SAMPLED_BYTES = 1024  # of a tensor
+
+
+class Kept(NamedTuple):
+    """A recipe, and the file that holds it, or None where none could be written."""
+
+    recipe: Recipe
+    file: Path | None
+    is_new: bool
+
+
+def folder() -> Path:
+    """Of the recipes that engines measured."""
+    return cache_dir() / "recipes"
+
+
+def digest_of(module: torch.nn.Module) -> str:
+    """Tells the weights of one worker from others: names, shapes, dtypes and some bytes of every tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in module.named_parameters():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        data = tensor.detach()
+        if data.is_contiguous() and data.numel():
+            flat = data.view(-1)
+            some = flat[:: max(1, len(flat) * flat.element_size() // SAMPLED_BYTES)]
+            digest.update(some.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_name(model: str, target: str, parts: list[Any]) -> str:
+    """Name of the file for a model, a target and all that the recipe depends on besides."""
+    digest = hashlib.sha256(json.dumps([model, target, *parts]).encode()).hexdigest()[:16]
+    return f"{model.split('/')[-1].lower()}-{target}-{digest}.json"
+
+
+def digest_of_file(file: Path) -> str | None:
+    """Of a text's bytes; None where it cannot be read, which is refused when it is."""
+    try:
+        return hashlib.sha256(file.expanduser().read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def find(file: Path) -> Recipe | None:
+    """The recipe in a file, or None where there is none that can be read."""
+    try:
+        return Recipe.load(file) if file.is_file() else None
+    except (RecipeError, OSError):
+        return None
+
+
+def find_or_make(file: Path, make: Callable[[], Recipe]) -> Kept:
+    """The recipe in `file`; where it is missing or damaged, what `make` gives, and keep that.
+
+    Of processes that ask at once, on one machine or a shared folder, one makes it and the others wait.
+    """
+    if (found := find(file)) is not None:
+        return Kept(found, file, False)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = locked(file.with_suffix(".lock"))
+        lock.__enter__()
+    except OSError:  # a folder that cannot be written
+        return Kept(make(), None, True)
+    try:
+        if (found := find(file)) is not None:
+            return Kept(found, file, False)
+        recipe = make()
+        try:
+            recipe.save(file)
+        except (RecipeError, OSError):
+            return Kept(recipe, None, True)
+        return Kept(recipe, file, True)
+    finally:
+        lock.__exit__(None, None, None)
