@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fourier_vllm.calibration.hf_model import full_attention_layers, max_tokens
-from fourier_vllm.evaluation.formats import fourier
 from fourier_vllm.evaluation.text import documents
 from fourier_vllm.kernels.reference.codec import PageCodec
+from fourier_vllm.kernels.reference.codec import through_pages as codec_through_pages
 from fourier_vllm.page import PageLayout
 from fourier_vllm.recipe import Recipe
 from fourier_vllm.recipe.describe import layouts
@@ -67,7 +67,7 @@ def through_pages(
     # A model computed in float32 is still served in 16 bits.
     dtype = torch.bfloat16 if k.dtype == torch.float32 else k.dtype
     codec = PageCodec(layout, dtype, k.device)
-    sealed = fourier.through_pages(codec, k[:, :end], v[:, :end], recipe.sink_tokens)
+    sealed = codec_through_pages(codec, k[:, :end], v[:, :end], recipe.sink_tokens)
     return torch.cat([sealed[0], k[:, end:]], 1), torch.cat([sealed[1], v[:, end:]], 1)
 
 

@@ -64,3 +64,29 @@ class PageCodec:
     def reconstruct(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of `pages [P, page_bytes]`, each `[P, W, H, D]` float32."""
         return self.k.reconstruct(pages), self.v.reconstruct(pages)
+
+
+def through_pages(
+    codec: PageCodec, k: torch.Tensor, v: torch.Tensor, pinned: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Seal whole pages and rebuild them.
+
+    Parameters
+    ----------
+    k, v : torch.Tensor [H, n, D]
+        n is a multiple of the page size.
+    pinned : int
+        First tokens that attention reads raw: they come back as given.
+    """
+    W = codec.layout.page_size
+
+    def paged(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(1, (-1, W)).permute(1, 2, 0, 3)  # [P, W, H, D]
+
+    # Pages that are all pinned never occur: a recipe pins one page at most, a run one more token.
+    num_pinned = (pinned - W * torch.arange(k.shape[1] // W, device=k.device)).clamp(0, W)
+    rebuilt = codec.reconstruct(codec.seal(paged(k), paged(v), num_pinned))
+    k, v = k.clone(), v.clone()
+    for x, y in zip((k, v), rebuilt, strict=True):
+        x[:, pinned:] = y.flatten(0, 1).transpose(0, 1)[:, pinned:]
+    return k, v

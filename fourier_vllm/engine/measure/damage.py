@@ -14,21 +14,22 @@ Damage is price times change. docs/use/recipes.md compares it with gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
+from itertools import product
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fourier_vllm.calibration.statistics import KEY_BITS, VALUE_BITS, LayerStatistics, Sums
 from fourier_vllm.engine.measure.forward import Model
-from fourier_vllm.engine.measure.ranks import gather, is_first
+from fourier_vllm.engine.measure.progress import Done, progress
+from fourier_vllm.engine.measure.ranks import gather, query_heads
 from fourier_vllm.engine.measure.watch import attend, watched
-from fourier_vllm.kernels.basis import rotation
-from fourier_vllm.kernels.ranges import range_share
-from fourier_vllm.kernels.reference.codecs import dequantize, quantize
+from fourier_vllm.kernels.reference.codec import PageCodec, through_pages
+from fourier_vllm.page import PageLayout
 
-SEED = 0
 PRICED_BITS = 2  # most dims get them
 KINDS = ("keys", "values")
 
@@ -57,77 +58,90 @@ class Sizes(NamedTuple):
     local_window: int
 
 
-@torch.inference_mode()
-def measure(
-    model: Model,
-    attention: Mapping[str, Any],
-    layers: Mapping[str, Layer],
-    num_layers: int,
-    num_kv_heads: int,
-    documents: Sequence[Tensor],
-    short: Sequence[Tensor],
-    sizes: Sizes,
-) -> list[LayerStatistics]:
-    """Run the model over texts, on all its workers at once, and measure its layers.
+class Texts(NamedTuple):
+    """Token ids.
 
-    Parameters
+    Attributes
+    ----------
+    documents : list of Tensor [T]
+        What pages change is measured on these.
+    medley : Tensor [t]
+        What a change is worth is measured on this, in two passes a layer.
+    """
+
+    documents: list[Tensor]
+    medley: Tensor
+
+
+class Watched(NamedTuple):
+    """The attention of a model on this worker.
+
+    Attributes
     ----------
     attention : mapping of str to vllm Attention
-        All attention layers of this worker, by name.
+        All attention layers, by name.
     layers : mapping of str to Layer
         Those of them that get pages.
     num_layers, num_kv_heads : int
         Layers that get pages, and KV heads of a layer, on all workers together.
-    documents : sequence of Tensor [T]
-        Token ids; what pages change is measured on these.
-    short : sequence of Tensor [t]
-        Token ids; what a change is worth is measured on these, three times as often as there are layers.
+    """
+
+    attention: Mapping[str, Any]
+    layers: Mapping[str, Layer]
+    num_layers: int
+    num_kv_heads: int
+
+
+@torch.inference_mode()
+def measure(model: Model, of: Watched, texts: Texts, sizes: Sizes) -> list[LayerStatistics]:
+    """Run the model over texts, on all its workers at once, and measure its layers.
 
     Returns
     -------
     list of LayerStatistics
         All layers and all heads, the same on every worker.
     """
-    passes = len(documents) + len(short) * (1 + len(KINDS) * num_layers)
-    with tqdm(
-        total=passes, desc="measure", unit="pass", disable=None if is_first() else True
-    ) as bar:
-        changes = _changes(model, attention, layers, documents, sizes, bar)
-        worth = _worth(model, attention, layers, num_layers, short, sizes, bar)
-    found = gather((list(layers.values()), list(changes.values()), worth))
-    return [_statistics(i, num_kv_heads, found) for i in range(num_layers)]
+    passes = 1 + len(KINDS) * of.num_layers
+    with progress(sum(map(len, texts.documents)) + passes * len(texts.medley)) as done:
+        changes = _changes(model, of, texts.documents, sizes, done)
+        worth = _worth(model, of, texts.medley, sizes, done)
+    found = gather(_Found(list(of.layers.values()), list(changes.values()), worth))
+    return [_statistics(i, of.num_kv_heads, found) for i in range(of.num_layers)]
 
 
 def _changes(
-    model: Model,
-    attention: Mapping[str, Any],
-    layers: Mapping[str, Layer],
-    documents: Sequence[Tensor],
-    sizes: Sizes,
-    bar: Any,
+    model: Model, of: Watched, documents: Sequence[Tensor], sizes: Sizes, done: Done
 ) -> dict[str, Sums]:
     """Sums over what pages change, along random directions, for each layer of this worker."""
-    sums = {name: Sums(*sizes) for name in layers}
-    generator = torch.Generator(model.device).manual_seed(SEED)
+    sums = {name: Sums(*sizes) for name in of.layers}
+    generator = torch.Generator(model.device)
+    document = 0
+
+    def directions(ordinal: int, q: Tensor) -> Tensor:
+        """As `q [Hq, T, D]`, the same for a head whichever worker has it."""
+        drawn = torch.empty(q.shape, device=q.device)
+        for head, of_head in zip(query_heads(len(q)), drawn, strict=True):
+            key = sha256(repr((document, ordinal, head)).encode()).digest()
+            of_head.normal_(generator=generator.manual_seed(int.from_bytes(key[:7], "big")))
+        return drawn
 
     def observe(name: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-        if name in layers:
+        if name in of.layers:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-            directions = torch.randn(
-                q.shape, generator=generator, device=q.device, dtype=torch.float32
-            )
-            sums[name].add(q, k, v, attention[name].impl.scale, directions)
+            drawn = directions(of.layers[name].ordinal, q)
+            sums[name].add(q, k, v, of.attention[name].impl.scale, drawn)
         return out
 
-    with watched(attention, observe):
+    with watched(of.attention, observe):
         for ids in documents:
             model.hidden_states(ids)
-            bar.update()
+            done(len(ids))
+            document += 1
     return sums
 
 
-class Worth(NamedTuple):
-    """Sums over the short texts, `[layers, 2]` for keys and values, float64 on the CPU.
+class _Worth(NamedTuple):
+    """Sums over the medley, `[layers, 2]` for keys and values, float64 on the CPU.
 
     Attributes
     ----------
@@ -141,90 +155,92 @@ class Worth(NamedTuple):
     energy: Tensor
 
 
-def _worth(
-    model: Model,
-    attention: Mapping[str, Any],
-    layers: Mapping[str, Layer],
-    num_layers: int,
-    short: Sequence[Tensor],
-    sizes: Sizes,
-    bar: Any,
-) -> Worth:
-    names = {layer.ordinal: name for name, layer in layers.items()}
-    worth = Worth(*torch.zeros(2, num_layers, len(KINDS), dtype=torch.float64))
-    chosen: tuple[int, int] | None = None
+def _worth(model: Model, of: Watched, medley: Tensor, sizes: Sizes, done: Done) -> _Worth:
+    worth = _Worth(*torch.zeros(2, of.num_layers, len(KINDS), dtype=torch.float64))
+    chosen: tuple[int, int] | None = None  # layer and kind that go through pages
 
     def observe(name: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-        if chosen is None or name != names.get(chosen[0]):
+        if chosen is None or name not in of.layers or of.layers[name].ordinal != chosen[0]:
             return out
-        ordinal, kind = chosen
-        if KINDS[kind] == "keys":
-            k = through_pages(k, sizes, rotate=False)
-        else:
-            v = through_pages(v, sizes, rotate=True)
-        changed = attend(q, k.to(q), v.to(q), attention[name].impl.scale)
-        worth.energy[ordinal, kind] += (
-            (changed - out).float().square().sum(dtype=torch.float64).cpu()
-        )
+        paged = _two_bit_pages(k, v, sizes)
+        k, v = (paged[0], v) if KINDS[chosen[1]] == "keys" else (k, paged[1])
+        changed = attend(q, k, v, of.attention[name].impl.scale)
+        change = (changed.float() - out.float()).square()
+        worth.energy[chosen] = change.sum(dtype=torch.float64).cpu()
         return changed
 
-    with watched(attention, observe):
-        for ids in short:
-            chosen = None
-            exact = model.hidden_states(ids)
-            bar.update()
-            for ordinal in range(num_layers):
-                for kind in range(len(KINDS)):
-                    chosen = ordinal, kind
-                    found = model.hidden_states(ids)
-                    if exact is not None and found is not None:
-                        worth.nats[ordinal, kind] += model.divergence(exact, found).sum().cpu()
-                    bar.update()
+    with watched(of.attention, observe):
+        exact = model.hidden_states(medley)
+        done(len(medley))
+        for chosen in product(range(of.num_layers), range(len(KINDS))):
+            found = model.hidden_states(medley)
+            if exact is not None and found is not None:
+                worth.nats[chosen] = model.divergence(exact, found)
+            done(len(medley))
     return worth
 
 
-def through_pages(x: Tensor, sizes: Sizes, rotate: bool) -> Tensor:
-    """Whole pages of keys or of rotated values `[T, H, D]` at `PRICED_BITS`, the first tokens raw."""
-    sums = Sums(sizes.page_size, sizes.coefficients, sizes.sink_tokens, 0)
-    x = x.transpose(0, 1).float()
-    if rotate:
-        basis = rotation(x.shape[-1]).to(x)
-        sealed = x[:, : x.shape[1] // sizes.page_size * sizes.page_size] @ basis
-        codes = quantize(sealed, PRICED_BITS, range_share(PRICED_BITS))
-        error = (sealed - dequantize(*codes)) @ basis.mT
-    else:
-        residual = sums._residual(x)
-        error = residual - dequantize(*quantize(residual, PRICED_BITS))
-        error = error.transpose(2, 3).flatten(1, 2)
-    error[:, : sizes.sink_tokens] = 0
-    x[:, : error.shape[1]] -= error
-    return x.transpose(0, 1)
+def _two_bit_pages(k: Tensor, v: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """What whole pages make of `k` and `v [T, H, D]`."""
+    T, H, D = k.shape
+    layout = PageLayout.build(
+        [[PRICED_BITS] * D] * H,
+        PRICED_BITS,
+        head_size=D,
+        page_size=sizes.page_size,
+        coefficients=sizes.coefficients,
+        coefficient_bits=8,
+        itemsize=k.dtype.itemsize,
+    )
+    end = T // sizes.page_size * sizes.page_size
+    codec = PageCodec(layout, k.dtype, k.device)
+    whole_k, whole_v = (x[:end].transpose(0, 1) for x in (k, v))
+    paged = through_pages(codec, whole_k, whole_v, sizes.sink_tokens)
+    k, v = (
+        torch.cat([y.transpose(0, 1).to(x), x[end:]]) for x, y in zip((k, v), paged, strict=True)
+    )
+    return k, v
 
 
-def _statistics(ordinal: int, num_kv_heads: int, found: Sequence[Any]) -> LayerStatistics:
+class _Found(NamedTuple):
+    """What one worker measured; `layers` and `changes` belong together."""
+
+    layers: list[Layer]
+    changes: list[Sums]
+    worth: _Worth
+
+
+def _statistics(ordinal: int, num_kv_heads: int, found: Sequence[_Found]) -> LayerStatistics:
     """Of one layer, from what all workers found."""
-    nats = torch.stack([worth.nats[ordinal] for _, _, worth in found]).max(0).values
-    energy = torch.stack([worth.energy[ordinal] for _, _, worth in found]).sum(0)
-    keys, values = (2 * nats / energy.clamp_min(1e-30)).tolist()  # sums are halves, as of gradients
+    nats = torch.stack([x.worth.nats[ordinal] for x in found]).amax(0)
+    energy = torch.stack([x.worth.energy[ordinal] for x in found]).sum(0)
+    # The sums are halves, as they are of gradients.
+    of_keys, of_values = (2 * nats / energy.clamp_min(torch.finfo().tiny)).tolist()
     parts = [
-        (layer.heads, sums.finish())
-        for layers, of_layers, _ in found
-        for layer, sums in zip(layers, of_layers, strict=True)
+        (layer.heads, change.finish())
+        for x in found
+        for layer, change in zip(x.layers, x.changes, strict=True)
         if layer.ordinal == ordinal
     ]
 
-    def whole(pick: Callable[[LayerStatistics], Tensor], is_summed: bool = True) -> Tensor:
-        """All heads of a tensor `[heads, ...]`; workers that share a KV head have queries of their own."""
-        one = pick(parts[0][1])
-        out = one.new_zeros(num_kv_heads, *one.shape[1:])
+    def whole(pick: Callable[[LayerStatistics], Tensor], is_damage: bool = False) -> Tensor:
+        """All heads of a tensor `[heads, ...]`."""
+        out = torch.zeros(num_kv_heads, *pick(parts[0][1]).shape[1:], dtype=torch.float64)
         for heads, part in parts:
             its = slice(heads.start, heads.stop)
-            out[its] = out[its] + pick(part) if is_summed else pick(part)
+            # Workers that share a KV head have queries of their own.
+            out[its] = out[its] + pick(part) if is_damage else pick(part)
         return out
 
+    def damages(name: str, options: Sequence[int], price: float) -> dict[int, Tensor]:
+        def pick(bits: int) -> Callable[[LayerStatistics], Tensor]:
+            return lambda layer: getattr(layer, name)[bits]
+
+        return {bits: price * whole(pick(bits), is_damage=True) for bits in options}
+
     return LayerStatistics(
-        key_damage={b: keys * whole(lambda x, b=b: x.key_damage[b]) for b in KEY_BITS},
-        value_damage={b: values * whole(lambda x, b=b: x.value_damage[b]) for b in VALUE_BITS},
-        residual=whole(lambda x: x.residual, is_summed=False),
-        value_residual=whole(lambda x: x.value_residual, is_summed=False),
+        key_damage=damages("key_damage", KEY_BITS, of_keys),
+        value_damage=damages("value_damage", VALUE_BITS, of_values),
+        residual=whole(attrgetter("residual")),
+        value_residual=whole(attrgetter("value_residual")),
     )

@@ -56,10 +56,14 @@ class Model:
             return None
         return output
 
-    def divergence(self, exact: Tensor, found: Tensor) -> Tensor:
-        """KL divergence `[T]` in nats of the predictions from hidden states `found` to those from `exact`."""
-        parts = []
+    def divergence(self, exact: Tensor, found: Tensor) -> float:
+        """KL divergence of predictions from hidden states `[T, hidden]`, nats, summed over the tokens.
+
+        All ranks of the stage have to call it.
+        """
+        total = 0.0
         for a, b in zip(exact.split(ROWS_AT_ONCE), found.split(ROWS_AT_ONCE), strict=True):
             logp, logq = (self.module.compute_logits(x).float().log_softmax(-1) for x in (a, b))
-            parts.append((logp.exp() * (logp - logq)).sum(-1))
-        return torch.cat(parts)
+            # Padding of the vocabulary has a probability of zero in both.
+            total += float((logp.exp() * (logp - logq)).nan_to_num(0).sum(dtype=torch.float64))
+        return total

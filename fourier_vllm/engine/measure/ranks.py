@@ -40,3 +40,9 @@ def kv_heads(num_kv_heads: int) -> range:
     each = max(1, num_kv_heads // world)
     first = rank * num_kv_heads // world
     return range(first, first + each)
+
+
+def query_heads(here: int) -> range:
+    """Indices of this rank's query heads, of which it has `here`."""
+    first = get_tp_group().rank_in_group * here
+    return range(first, first + here)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.tokenizers import cached_tokenizer_from_config
 
@@ -22,7 +21,7 @@ from fourier_vllm.calibration.text import DOCUMENT_TOKENS, cut, read_text
 from fourier_vllm.config import FourierConfig
 from fourier_vllm.engine.fingerprint import compressed_layers
 from fourier_vllm.engine.measure import kept
-from fourier_vllm.engine.measure.damage import Layer, Sizes, measure
+from fourier_vllm.engine.measure.damage import Layer, Sizes, Texts, Watched, measure
 from fourier_vllm.engine.measure.forward import Model
 from fourier_vllm.engine.measure.possible import context_of
 from fourier_vllm.engine.measure.ranks import from_first, gather, is_first, kv_heads
@@ -58,7 +57,7 @@ def settled(engine: EngineRecipe, vllm_config: Any, attention: Mapping[str, Any]
         def make() -> Recipe:
             nonlocal made
             made = from_first(True)
-            return run.recipe(run.measure(run.documents()))
+            return run.recipe(run.measure(run.texts()))
 
         found = kept.find_or_make(file, make)
         if not made:
@@ -78,17 +77,19 @@ class _Run:
     def __init__(
         self, engine: EngineRecipe, vllm_config: Any, attention: Mapping[str, Any]
     ) -> None:
-        self.engine, self.config, self.attention = engine, vllm_config, attention
+        self.engine, self.config = engine, vllm_config
         self.name = model_name(vllm_config.model_config.model)
         self.options = FourierConfig.from_engine(vllm_config)
         of_model, geometry = compressed_layers(vllm_config.model_config), engine.geometry
         heads = kv_heads(engine.fingerprint.num_kv_heads)
-        self.layers = {
+        layers = {
             name: Layer(of_model.index(extract_layer_index(name)), heads)
             for name, layer in attention.items()
-            if hasattr(layer.impl, "ancestry") and layer.sliding_window is None
+            if hasattr(layer.impl, "ancestry") and layer.impl.sliding_window is None
         }
-        root = attention[next(iter(self.layers))].impl.ancestry.root
+        shape = engine.fingerprint
+        self.watched = Watched(attention, layers, shape.num_layers, shape.num_kv_heads)
+        root = attention[next(iter(layers))].impl.ancestry.root
         self.model = Model(root, vllm_config)
         self.sizes = Sizes(
             geometry.page_size,
@@ -116,8 +117,8 @@ class _Run:
         ]
         return kept.file_name(self.name, self.engine.target, parts)
 
-    def documents(self) -> list[Tensor]:
-        """Token ids of the texts, of which the last is the medley for prices."""
+    def texts(self) -> Texts:
+        """What the model is measured on."""
         tokenizer = cached_tokenizer_from_config(self.config.model_config)
         longest, tokens, of_medley = self.tokens
         longest = min(longest, context_of(self.config.model_config))
@@ -132,21 +133,13 @@ class _Run:
             documents[i % len(documents)][i // len(documents) * PIECE :][:PIECE]
             for i in range(pieces)
         ]
-        return [*documents, torch.cat(medley)]
+        return Texts(documents, torch.cat(medley))
 
-    def measure(self, documents: list[Tensor] | None) -> list[LayerStatistics]:
-        """Of all layers; the first worker brings the documents."""
-        *documents, medley = from_first(documents or [])
-        return measure(
-            self.model,
-            self.attention,
-            self.layers,
-            self.engine.fingerprint.num_layers,
-            self.engine.fingerprint.num_kv_heads,
-            documents,
-            [medley],
-            self.sizes,
-        )
+    def measure(self, texts: Texts | None) -> list[LayerStatistics]:
+        """Of all layers; the first worker brings the texts."""
+        texts = from_first(texts)
+        assert texts is not None
+        return measure(self.model, self.watched, texts, self.sizes)
 
     def recipe(self, statistics: list[LayerStatistics]) -> Recipe:
         """What the target's bytes buy."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fourier_vllm.evaluation.formats.base import Held
-from fourier_vllm.kernels.reference.codec import PageCodec
+from fourier_vllm.kernels.reference.codec import PageCodec, through_pages
 from fourier_vllm.recipe import Recipe
 from fourier_vllm.recipe.describe import layouts
 
@@ -43,27 +43,3 @@ class Fourier:
         layout = self.layouts[layer]
         values = 2 * layout.num_kv_heads * (end - start) * layout.head_size
         return 8 * (end // layout.page_size) * layout.page_bytes / values
-
-
-def through_pages(codec: PageCodec, k: Tensor, v: Tensor, pinned: int) -> tuple[Tensor, Tensor]:
-    """Seal whole pages and rebuild them.
-
-    Parameters
-    ----------
-    k, v : Tensor [H, n, D]
-        n is a multiple of the page size.
-    pinned : int
-        First tokens that attention reads raw: they come back as given.
-    """
-    W = codec.layout.page_size
-
-    def paged(x: Tensor) -> Tensor:
-        return x.unflatten(1, (-1, W)).permute(1, 2, 0, 3)  # [P, W, H, D]
-
-    # Pages that are all pinned never occur: a recipe pins one page at most, a run one more token.
-    num_pinned = (pinned - W * torch.arange(k.shape[1] // W, device=k.device)).clamp(0, W)
-    rebuilt = codec.reconstruct(codec.seal(paged(k), paged(v), num_pinned))
-    k, v = k.clone(), v.clone()
-    for x, y in zip((k, v), rebuilt, strict=True):
-        x[:, pinned:] = y.flatten(0, 1).transpose(0, 1)[:, pinned:]
-    return k, v
