@@ -15,7 +15,7 @@ from fourier_vllm.engine.cache.specs import FourierLocalSpec, FourierPageSpec
 from fourier_vllm.engine.fingerprint import compressed_layers
 from fourier_vllm.engine.metadata import FourierMetadata
 from fourier_vllm.engine.model_weights import UnreadableError, read_projections
-from fourier_vllm.engine.refuse import no_recipe
+from fourier_vllm.engine.refuse import check_stage, no_recipe
 from fourier_vllm.engine.sizes import id_bytes, layer_layout, num_local_groups, window_of
 from fourier_vllm.page import PAGE_ALIGNMENT, PageLayout
 from fourier_vllm.window import Window
@@ -103,6 +103,10 @@ def bind(impl: FourierImpl, layer: Any, name: str) -> Binding:
         num_kv_heads=impl.num_kv_heads, head_size=impl.head_size, dtype=dtype
     )
     layers = config.compilation_config.static_forward_context
+    num_groups = num_local_groups(num_layers, pages_bytes, block_bytes)
+    if config.parallel_config.pipeline_parallel_size > 1:
+        here = [x for x in layers.values() if type(getattr(x, "impl", None)) is type(impl)]
+        check_stage(num_groups, len(here), window.page_size)
     local = FourierLocalCache(
         layer,
         FourierLocalSpec(
@@ -111,7 +115,7 @@ def bind(impl: FourierImpl, layer: Any, name: str) -> Binding:
             page_size=window.page_size,
             local_window=window.local_window,
             num_pinned_blocks=window.num_pinned_blocks,
-            num_groups=num_local_groups(num_layers, pages_bytes, block_bytes),
+            num_groups=num_groups,
             exact_prefill=window.exact_prefill,
             **shape,
         ),

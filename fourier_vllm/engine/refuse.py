@@ -253,6 +253,24 @@ def check_shape(vllm_config: Any, num_heads: int, num_kv_heads: int, head_size: 
         )
 
 
+def check_stage(num_groups: int, num_layers: int, page_size: int) -> None:
+    """Refuse more groups of raw caches than a pipeline stage has compressed layers.
+
+    vLLM gives a stage without a group's layers the caches of that group all the same (0.32 and 0.33).
+
+    Raises
+    ------
+    ValueError
+        There are more.
+    """
+    if num_groups > num_layers:
+        raise ValueError(
+            f"{SUBJECT} does not support pages of {page_size} tokens with --pipeline-parallel-size where a "
+            f"stage has {num_layers} compressed layers and raw caches need {num_groups} groups: choose a "
+            "larger page_size, or use --tensor-parallel-size."
+        )
+
+
 def check_layer(
     *,
     head_size: int,
