@@ -17,6 +17,7 @@ from fourier_vllm.calibration.hf_model import load
 from fourier_vllm.engine.measure import damage, start
 from fourier_vllm.recipe import Recipe
 from fourier_vllm.recipe.describe import ratio_of
+from tests.e2e.test_gpu_engine import GPU, GRAPHS
 from tests.support.engine import engine, generate, generate_on_replicas, prompts, tokens
 from tests.support.toys import add_tokenizer
 
@@ -158,3 +159,15 @@ def test_forward_passes_see_what_gradients_see(toy, cache, monkeypatch):
         for name in ("key_damage", "value_damage"):
             a, b = (float(getattr(x, name)[2].sum()) for x in (ours, theirs))
             assert 1 / 3 < a / b < 3, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_on_a_gpu(toy, family, cache):
+    """Pages in fragment order, as CUDA graphs; tokens are those of the recipe that was measured."""
+    model = add_tokenizer(toy(family))
+    fourier = MEASURED | dict(page_size=64, local_window=80)
+    options = GPU | GRAPHS | dict(dtype="bfloat16")
+    first = run(model, fourier, **options)
+    (file,) = cache.glob("*.json")
+    assert run(model, fourier | dict(recipe=str(file), target=None), **options) == first
