@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN_NAME = "fourier"
+WITHOUT = "a model without a recipe"
 
 
 class Finding(NamedTuple):
@@ -144,7 +145,7 @@ def check_selectable() -> Finding:
 
 
 def describe_device() -> Iterator[Finding]:
-    """Device, kernel path and what to do about the size of the KV cache."""
+    """Device, kernel path, what to do about the size of the KV cache, and where recipes come from."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cuda():
@@ -152,6 +153,7 @@ def describe_device() -> Iterator[Finding]:
         yield Finding(
             "KV cache", "--gpu-memory-utilization or --kv-cache-memory-bytes sets its size"
         )
+        yield Finding("recipe", f"{WITHOUT} is measured at the first start")
     elif current_platform.is_cpu():
         yield Finding(
             "device", f"{os.cpu_count()} CPUs, reference kernels (for trying and testing)"
@@ -159,6 +161,7 @@ def describe_device() -> Iterator[Finding]:
         yield Finding(
             "KV cache", "always bound it: --kv-cache-memory-bytes 1G (else 92 % of memory)"
         )
+        yield Finding("recipe", f"{WITHOUT} gets one that is predicted from the weights")
     else:
         name = current_platform.device_name or "this platform"
         problem = f"{name} has no kernels here: use an NVIDIA GPU (sm80 or newer) or a CPU."

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -88,6 +89,23 @@ def test_plugin_kept_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not doctor.check_entry_point().problem
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     assert "add fourier or unset it" in doctor.check_entry_point().problem
+
+
+@pytest.mark.parametrize(
+    ("device", "words"), [("cuda", "measured at the first start"), ("cpu", "predicted from the")]
+)
+def test_where_recipes_come_from(monkeypatch: pytest.MonkeyPatch, device: str, words: str) -> None:
+    import vllm.platforms
+
+    platform = SimpleNamespace(
+        is_cuda=lambda: device == "cuda",
+        is_cpu=lambda: device == "cpu",
+        get_device_name=lambda: "a GPU",
+    )
+    monkeypatch.setattr(vllm.platforms, "current_platform", platform)
+    (line,) = (x for x in doctor.describe_device() if x.topic == "recipe")
+    assert line.value.startswith("a model without a recipe")
+    assert words in line.value
 
 
 def test_a_problem_is_exit_code_1(
