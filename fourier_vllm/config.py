@@ -28,6 +28,7 @@ WINDOW_MIN, WINDOW_MAX, WINDOW_STEP = 16, 65536, 16
 ORIGIN = f"{SUBJECT}: additional_config fourier"
 # Recipes that are no files; files of these names are ./measured and ./weights.
 MEASURED, WEIGHTS = "measured", "weights"
+GONE = "own-text"  # until MEASURED took its place
 
 
 class Option(NamedTuple):
@@ -83,8 +84,9 @@ class FourierConfig:
     recipe: str | None = _option(
         None,
         f"path, {MEASURED}, {WEIGHTS}",
-        "Recipe file, or whether the engine measures its model or predicts bits from the weights.",
-        shown="bundled if one fits, else measured",
+        "Recipe file, or what the engine does without one: measure its model, or predict bits from "
+        "the weights.",
+        shown=f"bundled if one fits, else {MEASURED} on a GPU, {WEIGHTS} on a CPU",
     )
     calibration_text: str | None = _option(
         None, "path", "Text that the engine measures its model on.", shown="what the package ships"
@@ -127,6 +129,11 @@ class FourierConfig:
         if path is not None and (not isinstance(path, str) or not path.strip()):
             _refuse(
                 "recipe", "the path of a JSON file or null", path, "give a path or leave it out"
+            )
+        if path == GONE:
+            raise ValueError(
+                f"{ORIGIN}.recipe {show(GONE)} was replaced by {show(MEASURED)}: write {show(MEASURED)},"
+                f" or ./{GONE} for a file of that name."
             )
         if path in (MEASURED, WEIGHTS) and self.target == "lossless":
             _refuse("recipe", "a path or null with target lossless", path, "leave it out")
