@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     from fourier_vllm.distributed.commands import add_batch, add_deploy
+    from fourier_vllm.recipe.commands import add_recipes
 
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_demo,
         _add_calibrate,
         _add_inspect,
+        add_recipes,
         _add_eval,
         _add_report,
         add_batch,

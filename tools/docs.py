@@ -51,12 +51,15 @@ def targets_table() -> str:
 
 def commands() -> str:
     """Every subcommand with its arguments, as argparse has them."""
-    parser = build_parser()
-    chosen = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    return "\n\n".join(_command(name, sub) for name, sub in chosen.choices.items())
+    return "\n\n".join(_command(name, sub, "##") for name, sub in _subcommands(build_parser()))
 
 
-def _command(name: str, parser: argparse.ArgumentParser) -> str:
+def _subcommands(parser: argparse.ArgumentParser) -> list[tuple[str, argparse.ArgumentParser]]:
+    chosen = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return [item for action in chosen for item in action.choices.items()]
+
+
+def _command(name: str, parser: argparse.ArgumentParser, mark: str) -> str:
     actions = [a for a in parser._actions if not isinstance(a, argparse._HelpAction)]
     usage = ["fourier-vllm", name]
     if any(a.option_strings and not a.required for a in actions):
@@ -65,12 +68,16 @@ def _command(name: str, parser: argparse.ArgumentParser) -> str:
         f"{a.option_strings[-1]} {_value(a)}" for a in actions if a.option_strings and a.required
     ]
     for action in (a for a in actions if not a.option_strings):
-        optional = action.nargs in ("?", "*")
+        is_command = action.nargs == argparse.PARSER
+        optional = not action.required if is_command else action.nargs in ("?", "*")
         usage.append(f"[{_value(action)}]" if optional else _value(action))
     text = (parser.description or "").strip()
-    parts = [f"## {name}", f"{text[:1].upper()}{text[1:]}.", f"```text\n{' '.join(usage)}\n```"]
+    parts = [f"{mark} {name}", f"{text[:1].upper()}{text[1:]}.", f"```text\n{' '.join(usage)}\n```"]
     rows = list(_arguments(actions))
-    return "\n\n".join([*parts, table(("argument", "meaning"), rows)] if rows else parts)
+    if rows:
+        parts.append(table(("argument", "meaning"), rows))
+    parts += [_command(f"{name} {inner}", sub, f"{mark}#") for inner, sub in _subcommands(parser)]
+    return "\n\n".join(parts)
 
 
 def _arguments(actions: Sequence[argparse.Action]) -> Iterator[tuple[str, str]]:
@@ -92,7 +99,7 @@ def _arguments(actions: Sequence[argparse.Action]) -> Iterator[tuple[str, str]]:
 
 def _value(action: argparse.Action) -> str:
     name = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
-    return f"{name} ..." if action.nargs == "+" else name
+    return f"{name} ..." if action.nargs in ("+", "*") and name[:2] != "--" else name
 
 
 PARTS: dict[str, Callable[[], str]] = {

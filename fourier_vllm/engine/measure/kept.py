@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fourier_vllm.files import cache_dir, locked
+from fourier_vllm.files import locked
 from fourier_vllm.recipe import Recipe, RecipeError
+from fourier_vllm.recipe.kept import folder as folder
+from fourier_vllm.recipe.kept import lock_of
 
 SAMPLED_BYTES = 1024  # of a tensor
 
@@ -22,11 +24,6 @@ class Kept(NamedTuple):
     recipe: Recipe
     file: Path | None
     is_new: bool
-
-
-def folder() -> Path:
-    """Of the recipes that engines measured."""
-    return cache_dir() / "recipes"
 
 
 def digest_of(module: torch.nn.Module) -> str:
@@ -73,7 +70,7 @@ def find_or_make(file: Path, make: Callable[[], Recipe]) -> Kept:
         return Kept(found, file, False)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = locked(file.with_suffix(".lock"))
+        lock = locked(lock_of(file))
         lock.__enter__()
     except OSError:  # a folder that cannot be written
         return Kept(make(), None, True)
