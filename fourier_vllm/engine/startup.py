@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fourier_vllm._text import SUBJECT
+from fourier_vllm.config import WEIGHTS, FourierConfig
 from fourier_vllm.engine.fingerprint import compressed_layers
 from fourier_vllm.engine.kv_scheme import leave_kv_scheme
 from fourier_vllm.engine.measure.possible import why_not
@@ -40,7 +41,8 @@ def settle(vllm_config: Any) -> None:
     if engine.recipe is None:
         check_replaced_weights(vllm_config)
     if engine.is_predicted:
-        log_predicted(engine.target, why_not(vllm_config))
+        is_wanted = FourierConfig.from_engine(vllm_config).recipe == WEIGHTS
+        log_predicted(engine.target, None if is_wanted else why_not(vllm_config))
     if vllm_config.device_config.device_type != "cpu":
         leave_sliding_windows(vllm_config)
 
