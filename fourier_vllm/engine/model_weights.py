@@ -28,7 +28,7 @@ class UnreadableError(Exception):
 
 
 class Ancestry:
-    """Records the module that holds an attention layer, the module that holds that one, and the whole model.
+    """Records the module that holds an attention layer, the module that holds that one, and models.
 
     `adopted` is called at the first two moments, while the model is built; what it raises ends the start.
     """
@@ -40,20 +40,25 @@ class Ancestry:
         self.layer: nn.Module | None = None
         self.attention: nn.Module | None = None
         self.block: nn.Module | None = None
-        self.root: nn.Module | None = None
+        self._models: list[nn.Module] = []
         self._handle = register_module_module_registration_hook(self._adopted)
 
     def _adopted(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
         if child is None:
             return
+        if hasattr(type(parent), "compute_logits") and parent not in self._models:
+            self._models.append(parent)
         if getattr(child, "impl", None) is self._impl:
-            self.layer, self.attention, self.root = child, parent, parent
+            self.layer, self.attention = child, parent
             self._tell(self)
-        elif child is self.root:
-            self.root = parent
-            if child is self.attention:
-                self.block = parent
-                self._tell(self)
+        elif child is self.attention:
+            self.block = parent
+            self._tell(self)
+
+    def model(self) -> nn.Module:
+        """The whole model around the layer: the largest that predicts tokens."""
+        holding = [x for x in self._models if any(y is self.layer for y in x.modules())]
+        return max(holding, key=lambda model: sum(1 for _ in model.modules()))
 
     def forget(self) -> None:
         """Stop listening."""

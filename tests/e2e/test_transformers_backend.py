@@ -21,6 +21,12 @@ def test_recipe_of_the_model(results):
     assert results["llama recipe"] == results["llama stock"]
 
 
+def test_the_model_is_measured(results):
+    """Through its own module, whatever code that is."""
+    assert results["llama measured"] == results["llama measured, from its file"]
+    assert results["llama measured"] != results["llama stock"]
+
+
 def test_no_recipe_is_predicted(results):
     """RoPE's angles are in transformers' model, where the prediction does not look: it says so."""
     refusal = results["llama predicted"]

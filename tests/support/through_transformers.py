@@ -6,6 +6,7 @@ A process of its own: vLLM changes transformers' classes for good.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import transformers
 from fourier_vllm.calibration.hf_model import fingerprint_of
 from fourier_vllm.recipe import target_recipe
 from tests.support.engine import LOSSLESS, conversation, engine
-from tests.support.toys import make_toy
+from tests.support.toys import add_tokenizer, make_toy
 
 
 def recipe_options(model: Path, file: Path) -> dict[str, Any]:
@@ -29,8 +30,8 @@ def recipe_options(model: Path, file: Path) -> dict[str, Any]:
 def main(folder: Path) -> None:
     results: dict[str, Any] = {}
 
-    def run(name: str, model: Path, fourier: dict[str, Any] | None) -> None:
-        with engine(model, fourier, model_impl="transformers") as llm:
+    def run(name: str, model: Path, fourier: dict[str, Any] | None, **options: Any) -> None:
+        with engine(model, fourier, model_impl="transformers", **options) as llm:
             runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
             assert type(runner.model).__name__ == "TransformersForCausalLM"
             results[f"{model.name} {name}"] = conversation(llm, max_tokens=12)
@@ -41,6 +42,11 @@ def main(folder: Path) -> None:
         run("stock", model, None)
         run("lossless", model, LOSSLESS)
     run("recipe", llama, recipe)
+    os.environ["FOURIER_CACHE"] = str(folder / "cache")
+    measured = LOSSLESS | {"target": "quality", "recipe": "measured"}
+    run("measured", add_tokenizer(llama), measured, skip_tokenizer_init=False)
+    (file,) = folder.glob("cache/recipes/*.json")
+    run("measured, from its file", llama, measured | {"recipe": str(file)})
     try:
         run("predicted", llama, LOSSLESS | {"target": "balanced"})
     except ValueError as refusal:

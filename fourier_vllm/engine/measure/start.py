@@ -89,8 +89,8 @@ class _Run:
         }
         shape = engine.fingerprint
         self.watched = Watched(attention, layers, shape.num_layers, shape.num_kv_heads)
-        root = attention[next(iter(layers))].impl.ancestry.root
-        self.model = Model(root, vllm_config)
+        model = attention[next(iter(layers))].impl.ancestry.model()
+        self.model = Model(model, vllm_config)
         self.sizes = Sizes(
             geometry.page_size,
             TARGETS[engine.target].coefficients(geometry.page_size),
