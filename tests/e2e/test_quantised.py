@@ -23,6 +23,7 @@ from tests.support.engine import (
     tokens,
 )
 from tests.support.quantised import FORMATS, quantise
+from tests.support.toys import add_tokenizer
 
 # What 16 bits change in log-probabilities of these random models; another page changes them by more than 1.
 TIES = {"float16": 0.05, "bfloat16": 0.5}
@@ -59,12 +60,16 @@ def test_tokens_equal_stock(quantised, name, dtype):
     assert_same_but_for_ties(lossless, stock, TIES[dtype])
 
 
+@pytest.mark.parametrize("recipe", ["weights", "measured"])
 @pytest.mark.parametrize("name", ["int8", "w4a16", "gptq", "awq"])
-def test_recipe_from_quantised_weights(quantised, name):
+def test_recipe_from_quantised_weights(quantised, name, recipe, tmp_path, monkeypatch):
     """In the usual dtype, where layers hold codes in it, scales in float32 and packed words."""
-    with engine(quantised(name), BALANCED, dtype="bfloat16") as llm:
+    monkeypatch.setenv("FOURIER_CACHE", str(tmp_path))
+    model, fourier = add_tokenizer(quantised(name)), BALANCED | {"recipe": recipe}
+    with engine(model, fourier, dtype="bfloat16", skip_tokenizer_init=False) as llm:
         (tokens_,) = tokens(generate(llm, prompts()[3:4], 8))
     assert len(tokens_) == 8
+    assert len(list(tmp_path.glob("recipes/*.json"))) == (recipe == "measured")
 
 
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="vLLM's kernel needs AMX")
