@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from fourier_vllm._text import SUBJECT
+from fourier_vllm.calibration.text import read_text
 from fourier_vllm.config import WEIGHTS, FourierConfig
 from fourier_vllm.engine.fingerprint import compressed_layers
 from fourier_vllm.engine.kv_scheme import leave_kv_scheme
@@ -38,6 +40,10 @@ def settle(vllm_config: Any) -> None:
     check_engine(vllm_config)
     check_measurable(vllm_config)
     engine = resolve(vllm_config)
+    text = FourierConfig.from_engine(vllm_config).calibration_text
+    if text is not None:
+        with _named():
+            read_text(Path(text))  # a worker would find out late
     if engine.recipe is None:
         check_replaced_weights(vllm_config)
     if engine.is_predicted:

@@ -15,7 +15,9 @@ from fourier_vllm.recipe import Recipe, RecipeError
 from fourier_vllm.recipe.kept import folder as folder
 from fourier_vllm.recipe.kept import lock_of
 
-SAMPLED_BYTES = 1024  # of a tensor
+SAMPLED = 256  # numbers of a tensor
+# Numbers are read as they are stored; not all dtypes can be indexed.
+AS_STORED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Kept(NamedTuple):
@@ -27,15 +29,17 @@ class Kept(NamedTuple):
 
 
 def digest_of(module: torch.nn.Module) -> str:
-    """Tells the weights of one worker from others: names, shapes, dtypes and some bytes of every tensor."""
+    """Tells the weights of one worker from others: names, shapes, dtypes and some numbers of every tensor."""
     digest = hashlib.sha256()
     for name, tensor in module.named_parameters():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        data = tensor.detach()
-        if data.is_contiguous() and data.numel():
-            flat = data.view(-1)
-            some = flat[:: max(1, len(flat) * flat.element_size() // SAMPLED_BYTES)]
-            digest.update(some.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        count = min(SAMPLED, tensor.numel())
+        if count:
+            # Kernels keep some weights transposed: a flat view would copy these.
+            places = torch.arange(count, device=tensor.device) * (tensor.numel() // count)
+            stored = tensor.detach().view(AS_STORED[tensor.element_size()])
+            some = stored[torch.unravel_index(places, tensor.shape)] if tensor.dim() else stored
+            digest.update(some.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -53,20 +57,21 @@ def digest_of_file(file: Path) -> str | None:
         return None
 
 
-def find(file: Path) -> Recipe | None:
-    """The recipe in a file, or None where there is none that can be read."""
+def find(file: Path, fits: Callable[[Recipe], bool]) -> Recipe | None:
+    """The recipe in a file, or None where there is none that can be read and that fits."""
     try:
-        return Recipe.load(file) if file.is_file() else None
+        recipe = Recipe.load(file) if file.is_file() else None
     except (RecipeError, OSError):
         return None
+    return recipe if recipe is not None and fits(recipe) else None
 
 
-def find_or_make(file: Path, make: Callable[[], Recipe]) -> Kept:
-    """The recipe in `file`; where it is missing or damaged, what `make` gives, and keep that.
+def find_or_make(file: Path, fits: Callable[[Recipe], bool], make: Callable[[], Recipe]) -> Kept:
+    """The recipe in `file`; where it is missing, damaged or another's, what `make` gives, and keep that.
 
     Of processes that ask at once, on one machine or a shared folder, one makes it and the others wait.
     """
-    if (found := find(file)) is not None:
+    if (found := find(file, fits)) is not None:
         return Kept(found, file, False)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +80,7 @@ def find_or_make(file: Path, make: Callable[[], Recipe]) -> Kept:
     except OSError:  # a folder that cannot be written
         return Kept(make(), None, True)
     try:
-        if (found := find(file)) is not None:
+        if (found := find(file, fits)) is not None:
             return Kept(found, file, False)
         recipe = make()
         try:

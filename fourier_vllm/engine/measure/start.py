@@ -13,6 +13,7 @@ import torch
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.tokenizers import cached_tokenizer_from_config
 
+from fourier_vllm._text import SUBJECT
 from fourier_vllm.calibration.calibrate import Options, measured_recipe, tool_version
 from fourier_vllm.calibration.domains import mixed_documents, texts_digest
 from fourier_vllm.calibration.hf_model import model_name
@@ -57,9 +58,13 @@ def settled(engine: EngineRecipe, vllm_config: Any, attention: Mapping[str, Any]
         def make() -> Recipe:
             nonlocal made
             made = from_first(True)
-            return run.recipe(run.measure(run.texts()))
+            try:
+                texts = run.texts()
+            except ValueError as error:
+                raise ValueError(f"{SUBJECT} cannot measure this model: {error}") from None
+            return run.recipe(run.measure(texts))
 
-        found = kept.find_or_make(file, make)
+        found = kept.find_or_make(file, run.fits, make)
         if not made:
             from_first(False)
         _log(found, run.name, time.monotonic() - begin)
@@ -117,8 +122,19 @@ class _Run:
         ]
         return kept.file_name(self.name, self.engine.target, parts)
 
+    def fits(self, recipe: Recipe) -> bool:
+        """Whether a file holds what this engine would measure."""
+        sizes = (recipe.page_size, recipe.coefficients, recipe.sink_tokens, recipe.local_window)
+        return recipe.model == self.engine.fingerprint and sizes == self.sizes
+
     def texts(self) -> Texts:
-        """What the model is measured on."""
+        """What the model is measured on.
+
+        Raises
+        ------
+        ValueError
+            The text cannot be read or is too short.
+        """
         tokenizer = cached_tokenizer_from_config(self.config.model_config)
         longest, tokens, of_medley = self.tokens
         longest = min(longest, context_of(self.config.model_config))
