@@ -9,9 +9,12 @@ import sys
 import pytest
 from vllm.config import AttentionConfig
 from vllm.device_allocator.sleep_mode_backend import CuMemBackend
-from vllm.forward_context import ForwardContext
+from vllm.forward_context import ForwardContext, set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.model_loader.utils import process_weights_after_loading
+from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
+from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import Platform
@@ -236,3 +239,24 @@ def test_prefilling_is_told_by_both_runners():
         assert "is_prefilling" in source(pytest.importorskip(module)), module
     runner = source(pytest.importorskip("vllm.v1.worker.gpu_model_runner"))
     assert "num_computed_tokens_cpu < num_prompt_tokens_cpu" in runner
+
+
+def test_what_measuring_the_model_relies_on():
+    """`engine/measure` takes the place of attention layers, and runs the model as the runner does."""
+    expected = ["query", "key", "value", "output_shape", "output_dtype"]
+    assert parameters(Attention.forward) == expected
+    text = source(Attention.__init__)
+    for name in ("num_heads", "num_kv_heads", "head_size", "sliding_window"):
+        assert f"self.{name} = " in text, name
+    assert "skip_compiled" in parameters(set_forward_context)
+    loading = source(process_weights_after_loading)
+    weights, attention = (
+        loading.index("quant_method.process_weights_after_loading(module)"),
+        loading.index("is_deferred_attention_layer(module)"),
+    )
+    assert weights < attention, "attention is told last, when all weights can be used"
+    for kind in (LlamaForCausalLM, Gemma3ForCausalLM):
+        assert {"input_ids", "positions", "intermediate_tensors", "inputs_embeds"} <= set(
+            parameters(kind.forward)
+        )
+        assert "hidden_states" in parameters(kind.compute_logits)
