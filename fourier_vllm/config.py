@@ -187,6 +187,11 @@ class FourierConfig:
                 )
         return cls(**options)
 
+    @property
+    def asks_to_measure(self) -> bool:
+        """Whether the user wants the engine to measure its model."""
+        return self.recipe == MEASURED or self.calibration_text is not None
+
     def geometry(self, recipe: Recipe | None = None) -> Geometry:
         """Fill what the options leave open from a recipe, or from the defaults.
 

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from fourier_vllm._text import SUBJECT
 from fourier_vllm.config import FourierConfig
-from fourier_vllm.engine.binding import Binding, bind, bind_sliding
+from fourier_vllm.engine.binding import Binding, bind, bind_sliding, compressed_here
 from fourier_vllm.engine.cache.local_cache import FourierLocalBackend
 from fourier_vllm.engine.cache.specs import FourierPageSpec
 from fourier_vllm.engine.fingerprint import compressed_layers
@@ -110,6 +110,7 @@ class FourierImpl(AttentionImpl):
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
         self.sliding_window = sliding_window
+        self.is_compressed = sliding_window is None
         self.bound: Binding | None = None
         self.is_loaded = False
         self.run_sliding: Callable[..., None] | None = None
@@ -128,7 +129,7 @@ class FourierImpl(AttentionImpl):
         """Refuse, before weights are loaded, what the model around this layer shows."""
         layer: Any = ancestry.layer
         check_built(layer)
-        is_whole, is_compressed = ancestry.block is not None, self.sliding_window is None
+        is_whole, is_compressed = ancestry.block is not None, self.is_compressed
         model = self.vllm_config.model_config
         if is_compressed and extract_layer_index(layer.layer_name) not in compressed_layers(model):
             raise ValueError(
@@ -159,20 +160,16 @@ class FourierImpl(AttentionImpl):
 
     def _bind_all(self, layers: Mapping[str, Any]) -> None:
         """Once the last layer is loaded, and with it the model, measure it and bind all layers."""
-        attention = {name: x for name, x in layers.items() if isinstance(x, Attention)}
-        ours = {
-            name: x.impl
-            for name, x in attention.items()
-            if isinstance(x.impl, FourierImpl) and x.impl.sliding_window is None
-        }
-        if not all(impl.is_loaded for impl in ours.values()):
+        ours = compressed_here(layers)
+        if not all(layer.impl.is_loaded for layer in ours.values()):
             return
         from fourier_vllm.engine.measure.start import settled
 
+        attention = {name: x for name, x in layers.items() if isinstance(x, Attention)}
         engine = settled(self.engine, self.vllm_config, attention)
-        for name, impl in ours.items():
-            impl.engine = engine
-            impl.bound = bind(impl, attention[name], name)
+        for name, layer in ours.items():
+            layer.impl.engine = engine
+            layer.impl.bound = bind(layer.impl, layer, name)
 
     @staticmethod
     def has_kernels(device: torch.device) -> bool:

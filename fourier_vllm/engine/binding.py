@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -105,8 +105,7 @@ def bind(impl: FourierImpl, layer: Any, name: str) -> Binding:
     layers = config.compilation_config.static_forward_context
     num_groups = num_local_groups(num_layers, pages_bytes, block_bytes)
     if config.parallel_config.pipeline_parallel_size > 1:
-        here = [x for x in layers.values() if type(getattr(x, "impl", None)) is type(impl)]
-        check_stage(num_groups, len(here), window.page_size)
+        check_stage(num_groups, len(compressed_here(layers)), window.page_size)
     local = FourierLocalCache(
         layer,
         FourierLocalSpec(
@@ -138,6 +137,15 @@ def bind(impl: FourierImpl, layer: Any, name: str) -> Binding:
         is_derived_from_dummies=engine.depends_on_weights
         and config.load_config.load_format == "dummy",
     )
+
+
+def compressed_here(layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a worker's layers that get pages, by name."""
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if getattr(getattr(layer, "impl", None), "is_compressed", False)
+    }
 
 
 def bind_sliding(layer: Any) -> Callable[..., None]:

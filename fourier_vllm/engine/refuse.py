@@ -10,7 +10,7 @@ from typing import Any
 from packaging.version import Version
 
 from fourier_vllm._text import SUBJECT, show
-from fourier_vllm.config import MEASURED, FourierConfig
+from fourier_vllm.config import FourierConfig
 from fourier_vllm.engine.measure.possible import why_not
 from fourier_vllm.engine.platform import member
 
@@ -63,8 +63,7 @@ def check_measurable(vllm_config: Any) -> None:
         It cannot.
     """
     options, reason = FourierConfig.from_engine(vllm_config), why_not(vllm_config)
-    asked = options.recipe == MEASURED or options.calibration_text is not None
-    if asked and reason is not None:
+    if options.asks_to_measure and reason is not None:
         raise ValueError(
             f"{SUBJECT} cannot measure this model ({reason}): leave out the options `recipe` and "
             "`calibration_text`, or name a recipe that `fourier-vllm calibrate` made."

@@ -40,14 +40,14 @@ def settle(vllm_config: Any) -> None:
     check_engine(vllm_config)
     check_measurable(vllm_config)
     engine = resolve(vllm_config)
-    text = FourierConfig.from_engine(vllm_config).calibration_text
-    if text is not None:
+    options = FourierConfig.from_engine(vllm_config)
+    if options.calibration_text is not None:
         with _named():
-            read_text(Path(text))  # a worker would find out late
+            read_text(Path(options.calibration_text))  # a worker would find out late
     if engine.recipe is None:
         check_replaced_weights(vllm_config)
     if engine.is_predicted:
-        is_wanted = FourierConfig.from_engine(vllm_config).recipe == WEIGHTS
+        is_wanted = options.recipe == WEIGHTS
         log_predicted(engine.target, None if is_wanted else why_not(vllm_config))
     if vllm_config.device_config.device_type != "cpu":
         leave_sliding_windows(vllm_config)

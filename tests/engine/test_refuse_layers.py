@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 
+from fourier_vllm.engine.binding import compressed_here
 from fourier_vllm.engine.refuse import (
     check_built,
     check_layer,
+    check_stage,
 )
 from tests.support.refusals import check_sentence
 from tests.support.scheduling import engine_config
@@ -99,3 +102,17 @@ def test_built_layers():
         with pytest.raises(ValueError, match="does not support") as caught:
             check_built(built)
         check_sentence(str(caught.value), words, "leave out --attention-backend fourier")
+
+
+def test_stages_with_fewer_layers_than_groups():
+    check_stage(2, 2, 32)
+    with pytest.raises(ValueError, match="does not support") as error:
+        check_stage(4, 2, 32)
+    check_sentence(str(error.value), "pages of 32 tokens", "--pipeline-parallel-size", "4 groups")
+
+
+def test_layers_with_a_window_get_no_pages():
+    """A stage's layers are counted without them, and without caches that stand beside layers."""
+    full, sliding = (SimpleNamespace(impl=SimpleNamespace(is_compressed=x)) for x in (True, False))
+    layers = {"a": full, "b": sliding, "stock": SimpleNamespace(impl=object()), "cache": object()}
+    assert list(compressed_here(layers)) == ["a"]

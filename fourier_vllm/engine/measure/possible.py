@@ -12,8 +12,7 @@ def why_not(vllm_config: Any) -> str | None:
     """The reason, as a clause, or None where the model can be measured."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     options = FourierConfig.from_engine(vllm_config)
-    asked = options.recipe == MEASURED or options.calibration_text is not None
-    if vllm_config.device_config.device_type == "cpu" and not asked:
+    if vllm_config.device_config.device_type == "cpu" and not options.asks_to_measure:
         return 'a CPU takes minutes for it, for which the option "recipe": "measured" asks'
     if vllm_config.load_config.load_format == "dummy" and options.recipe != MEASURED:
         return "--load-format dummy has no weights"

@@ -20,6 +20,7 @@ from fourier_vllm.calibration.hf_model import model_name
 from fourier_vllm.calibration.statistics import LayerStatistics
 from fourier_vllm.calibration.text import DOCUMENT_TOKENS, cut, read_text
 from fourier_vllm.config import FourierConfig
+from fourier_vllm.engine.binding import compressed_here
 from fourier_vllm.engine.fingerprint import compressed_layers
 from fourier_vllm.engine.measure import kept
 from fourier_vllm.engine.measure.damage import Layer, Sizes, Texts, Watched, measure
@@ -89,8 +90,7 @@ class _Run:
         heads = kv_heads(engine.fingerprint.num_kv_heads)
         layers = {
             name: Layer(of_model.index(extract_layer_index(name)), heads)
-            for name, layer in attention.items()
-            if hasattr(layer.impl, "ancestry") and layer.impl.sliding_window is None
+            for name in compressed_here(attention)
         }
         shape = engine.fingerprint
         self.watched = Watched(attention, layers, shape.num_layers, shape.num_kv_heads)
