@@ -1,6 +1,6 @@
 """Needles and KV capacity of engines as a user starts them, stock attention and ours in one run.
 
-    python -m benchmarks.needles [--model FOLDER] [--contexts 16] [--tokens 7000] [--options '{}' ...]
+    python -m benchmarks.needles [--model FOLDER] [--contexts 16] [--tokens 7000 ...] [--options '{}' ...]
 
 Every context is prefilled and cached first; its questions then read it from the prefix cache, which for
 the plugin means from sealed pages. Counts are exact matches of seven digits, greedy.
@@ -95,66 +95,66 @@ def texts_of(args: argparse.Namespace) -> list[str]:
     """The contexts' texts; those of one Python's manuals can be taken to another machine."""
     if args.texts is not None and args.texts.exists():
         return load(args.texts)[: args.contexts]
-    texts = documents(args.contexts, 6 * args.tokens)
+    texts = documents(args.contexts, 6 * max(args.tokens))
     if args.texts is not None:
         args.texts.write_text(json.dumps(texts))
     return texts
 
 
-def score(model: str, fourier: dict[str, Any] | None, args: argparse.Namespace) -> dict[str, Any]:
-    """Count right answers with one backend."""
+def score(
+    model: str, fourier: dict[str, Any] | None, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Count right answers with one backend, a row for each length of the contexts."""
     from transformers import AutoTokenizer
-    from vllm import SamplingParams
 
     from fourier_vllm.evaluation.engine_session import running
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = texts_of(args)
-    contexts = needle_questions(
-        texts, lambda s: tokenizer(s, add_special_tokens=False).input_ids, args.tokens
-    )
     settings: dict[str, Any] = {
         "model": model,
         "dtype": "bfloat16",
         "enforce_eager": True,
-        "max_model_len": 8192,
+        "max_model_len": max(8192, max(args.tokens) + 256),
         "max_num_batched_tokens": args.chunk,
         "kv_cache_memory_bytes": 1 << 30,
     }
     if DEVICE == "cuda":
         settings["kernel_config"] = {"enable_flashinfer_autotune": False}
+    settings |= args.engine
     if fourier is not None:
         settings |= {"attention_backend": "fourier", "additional_config": {"fourier": fourier}}
-    params = SamplingParams(temperature=0, max_tokens=8)
-    right, total = 0, 0
+    rows = []
     with running(settings) as llm:
-        start = time.perf_counter()
-        for questions in contexts:
-            first = SamplingParams(max_tokens=1)
-            llm.generate([{"prompt_token_ids": questions[0].ids}], first, use_tqdm=False)
-            outputs = llm.generate(
-                [{"prompt_token_ids": q.ids} for q in questions], params, use_tqdm=False
-            )
-            right += sum(
-                is_correct(o.outputs[0].text, q.answer)
-                for o, q in zip(outputs, questions, strict=True)
-            )
-            total += len(questions)
-            print(f"  {right}/{total}", flush=True)
         capacity = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
-    return {
-        "right": right,
-        "questions": total,
-        "kv_tokens": capacity,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+        for tokens in args.tokens:
+            start = time.perf_counter()
+            contexts = needle_questions(
+                texts, lambda s: tokenizer(s, add_special_tokens=False).input_ids, tokens
+            )
+            right = [answered(llm, questions) for questions in contexts]
+            row = {"context_tokens": tokens, "right": sum(right)}
+            row |= {"questions": sum(map(len, contexts)), "kv_tokens": capacity}
+            rows.append(row | {"seconds": round(time.perf_counter() - start, 1)})
+    return rows
+
+
+def answered(llm: Any, questions: list[Question]) -> int:
+    """How many questions of one context were answered with the right digits."""
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": question.ids} for question in questions]
+    llm.generate(prompts[:1], SamplingParams(max_tokens=1), use_tqdm=False)
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    texts = [output.outputs[0].text for output in outputs]
+    return sum(is_correct(text, q.answer) for text, q in zip(texts, questions, strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="folder; default: SmolLM2-135M-Instruct, fetched")
     parser.add_argument("--contexts", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=7000)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[7000])
     parser.add_argument("--chunk", type=int, default=4096, help="max_num_batched_tokens")
     parser.add_argument(
         "--options",
@@ -166,6 +166,9 @@ def main() -> None:
         "--texts", type=Path, help="JSON list of texts; written where it is missing"
     )
     parser.add_argument("--no-stock", action="store_true")
+    parser.add_argument(
+        "--engine", type=json.loads, default={}, help="arguments of every engine, a JSON object"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "needles.json")
     args = parser.parse_args()
     args.model = args.model or small_model()
@@ -175,13 +178,14 @@ def main() -> None:
     result = {
         "machine": measured_on(DEVICE, "vllm"),
         "model": Path(args.model).name,
-        "context_tokens": args.tokens,
+        "engine": args.engine,
         "max_num_batched_tokens": args.chunk,
         "rows": rows,
     }
     for name, fourier in runs:
-        rows.append({"engine": name} | score(args.model, fourier, args))
-        print(rows[-1], flush=True)
+        for row in score(args.model, fourier, args):
+            rows.append({"engine": name} | row)
+            print(rows[-1], flush=True)
         save(args.out, result)
 
 

@@ -43,6 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384, help="that `calibrate` reads")
     parser.add_argument("--target", choices=TARGETS, default="balanced")
     parser.add_argument("--own-text", action="store_true", help="calibrate on that too")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for the recipes")
     parser.add_argument("--append", action="store_true", help="to the rows that are there")
     parser.add_argument("--out", type=Path, default=RESULTS / "self_calibration.json")
     return parser.parse_args()
@@ -62,7 +63,8 @@ def from_engine(model: str, target: str, folder: str) -> None:
         attention_backend="fourier",
         additional_config=options,
         max_model_len=2048,
-        gpu_memory_utilization=0.5,
+        gpu_memory_utilization=0.2,
+        kv_cache_memory_bytes=1 << 28,
         enforce_eager=True,
         kernel_config={"enable_flashinfer_autotune": False},
     )
@@ -145,6 +147,10 @@ def main() -> None:
         text = file.read_text("utf-8")
         cut = int(CALIBRATED * len(text))
         recipes = made | {"calibrate": calibrated(args, text[:cut])}
+        if args.keep is not None:
+            args.keep.mkdir(parents=True, exist_ok=True)
+            for how, (recipe, _) in recipes.items():
+                recipe.save(args.keep / f"{model_name(args.model)}-{how}-{file.stem}.json")
         for context in args.contexts:
             found = []
             for ids in documents(tokenizer, text[cut:], context + SCORED, args.documents):

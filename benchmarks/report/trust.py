@@ -81,14 +81,13 @@ def served(rows: list[dict[str, Any]]) -> str:
 
 
 def needles(results: list[dict[str, Any]]) -> str:
-    """Right answers by engine, a column a model."""
-    head = ("", *(f"{r['model']}, {r['context_tokens']:,} tokens" for r in results))
-    found = [{row["engine"]: row for row in r["rows"]} for r in results]
-    engines = list(dict.fromkeys(name for rows in found for name in rows))
-
-    def cell(rows: dict[str, Any], engine: str) -> str:
-        row = rows.get(engine)
-        return f"{row['right']} of {row['questions']}" if row else ""
-
-    lines = [[engine, *(cell(rows, engine) for rows in found)] for engine in engines]
-    return "\n".join(table(head, lines, 1))
+    """Right answers by engine, a column for each model and length."""
+    found: dict[str, dict[str, Any]] = {}
+    for result in results:
+        for row in result["rows"]:
+            tokens = row.get("context_tokens", result.get("context_tokens"))
+            column = found.setdefault(f"{result['model']}, {tokens:,} tokens", {})
+            column[row["engine"]] = f"{row['right']} of {row['questions']}"
+    engines = list(dict.fromkeys(name for rows in found.values() for name in rows))
+    lines = [[x, *(rows.get(x, "") for rows in found.values())] for x in engines]
+    return "\n".join(table(("", *found), lines, 1))
