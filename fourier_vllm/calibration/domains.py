@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fourier_vllm.calibration.text import check_length, cut
+from fourier_vllm.calibration.text import check_length, encode, first_token, spread
 
 DOMAINS = ("dialogue", "code", "prose", "languages", "manual", "tables")
 TODAY = datetime(2026, 11, 28)  # for templates that write the date: text must not change by the day
@@ -62,10 +62,7 @@ def render(tokenizer: Any, conversation: list[dict[str, str]]) -> str:
     except Exception:  # a template is a program: what it raises is its own choice
         lines = (f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in conversation)
         return "".join(lines) + "\n"
-    start = tokenizer("").input_ids[:1]
-    if start and start[0] == tokenizer.bos_token_id:
-        text = text.removeprefix(tokenizer.bos_token)
-    return text
+    return text.removeprefix(tokenizer.bos_token) if first_token(tokenizer) else text
 
 
 def mixed_documents(tokenizer: Any, tokens: int, page_size: int, longest: int) -> list[Tensor]:
@@ -94,12 +91,8 @@ def mixed_documents(tokenizer: Any, tokens: int, page_size: int, longest: int) -
         `tokens`, the model's context or the texts are too short.
     """
     least = check_length(tokens, longest, page_size)
-    texts = read_domains(tokenizer)
-    ids = (
-        tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        for text in texts.values()
-    )
-    shortest = min(map(len, ids))
+    texts = [encode(tokenizer, text) for text in read_domains(tokenizer).values()]
+    shortest = min(map(len, texts))
     if shortest < least:
         raise ValueError(
             f"shipped texts have {shortest} tokens a domain, and pages of {page_size} need {least}:"
@@ -108,10 +101,9 @@ def mixed_documents(tokenizer: Any, tokens: int, page_size: int, longest: int) -
     count = max(-(-tokens // longest), min(len(texts), tokens // least))
     size = min(tokens // count, shortest)
     count = min(count, len(texts) * (shortest // size))
+    start = first_token(tokenizer)
     documents = []
-    for i, text in enumerate(texts.values()):
+    for i, ids in enumerate(texts[:count]):
         of_domain = len(range(i, count, len(texts)))
-        documents.append(
-            cut(tokenizer, text, of_domain * size, page_size, size) if of_domain else []
-        )
+        documents.append(spread(ids, start, of_domain * size, size))
     return [documents[i % len(texts)][i // len(texts)] for i in range(count)]

@@ -78,13 +78,28 @@ def cut(
         Text, `tokens` or the model's context are too short.
     """
     least = check_length(tokens, longest, page_size)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids = encode(tokenizer, text)
     if len(ids) < least:
         raise ValueError(
             f"text has {len(ids)} tokens, and pages of {page_size} need {least}: give a longer one."
         )
-    start = tokenizer("").input_ids[:1]
-    start = start if start and start[0] == tokenizer.bos_token_id else []
+    return spread(ids, first_token(tokenizer), tokens, longest)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text of any length, without the first token that the model's texts have."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
+def first_token(tokenizer: Any) -> list[int]:
+    """The beginning-of-text token, or nothing if the model's texts have none."""
+    start: list[int] = tokenizer("").input_ids[:1]
+    return start if start and start[0] == tokenizer.bos_token_id else []
+
+
+def spread(ids: list[int], start: list[int], tokens: int, longest: int) -> list[Tensor]:
+    """Documents of equal length from all over `ids`, as `cut` gives them, each behind `start`."""
     total = min(tokens, len(ids))
     count = -(-total // longest)
     size = total // count - len(start)

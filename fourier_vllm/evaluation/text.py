@@ -16,14 +16,27 @@ MODULES = (
     "optparse", "os", "pathlib", "pdb", "pickle", "pickletools", "platform", "plistlib", "random",
     "re", "sched", "selectors", "shelve", "shutil", "smtplib", "socket", "sqlite3", "ssl",
     "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "timeit",
-    "tokenize", "traceback", "turtle", "typing", "unittest", "urllib.request", "uuid", "warnings",
+    "tokenize", "traceback", "doctest", "typing", "unittest", "urllib.request", "uuid", "warnings",
     "weakref", "xml.dom.minidom", "xmlrpc.client", "zipfile",
 )  # fmt: skip
 
 
 def manual(name: str) -> str:
-    """The manual of one module, as `help()` prints it."""
-    return pydoc.plain(pydoc.render_doc(importlib.import_module(name)))
+    """The manual of one module, as `help()` prints it.
+
+    Raises
+    ------
+    ValueError
+        This Python was built without the module.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"evaluation reads the manuals of Python's standard library, and {name} cannot be imported"
+            f" here ({error}): use a Python that has all of it."
+        ) from None
+    return pydoc.plain(pydoc.render_doc(module))
 
 
 def documents(count: int, min_chars: int) -> list[str]:
@@ -32,7 +45,7 @@ def documents(count: int, min_chars: int) -> list[str]:
     Raises
     ------
     ValueError
-        There is not that much text.
+        There is not that much text, or a module is missing.
     """
     found: list[str] = []
     text = ""

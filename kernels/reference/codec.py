@@ -74,19 +74,20 @@ def through_pages(
     Parameters
     ----------
     k, v : torch.Tensor [H, n, D]
-        n is a multiple of the page size.
     pinned : int
-        First tokens that attention reads raw: they come back as given.
+        First tokens that attention reads raw: they come back as given, and so does what is behind the
+        last whole page.
     """
     W = codec.layout.page_size
+    end = k.shape[1] // W * W
 
     def paged(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(1, (-1, W)).permute(1, 2, 0, 3)  # [P, W, H, D]
+        return x[:, :end].unflatten(1, (-1, W)).permute(1, 2, 0, 3)  # [P, W, H, D]
 
     # Pages that are all pinned never occur: a recipe pins one page at most, a run one more token.
-    num_pinned = (pinned - W * torch.arange(k.shape[1] // W, device=k.device)).clamp(0, W)
+    num_pinned = (pinned - W * torch.arange(end // W, device=k.device)).clamp(0, W)
     rebuilt = codec.reconstruct(codec.seal(paged(k), paged(v), num_pinned))
     k, v = k.clone(), v.clone()
     for x, y in zip((k, v), rebuilt, strict=True):
-        x[:, pinned:] = y.flatten(0, 1).transpose(0, 1)[:, pinned:]
+        x[:, pinned:end] = y.flatten(0, 1).transpose(0, 1)[:, pinned:]
     return k, v

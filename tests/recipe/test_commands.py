@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fourier_vllm.cli import main
-from fourier_vllm.recipe import ModelFingerprint, Provenance, Recipe, kept, target_recipe
+from fourier_vllm.recipe import ModelFingerprint, Provenance, Recipe, target_recipe
 from fourier_vllm.recipe.describe import describe, ratio_of
 
 MODEL = ModelFingerprint(
@@ -184,12 +184,6 @@ def test_export_into_the_home_folder(run, refused, folder, tmp_path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run("export", "tiny-b", "--output=~/r.json") == [str(tmp_path / "r.json")]
     assert "exists" in refused("export", "tiny-b", "--output=~/r.json")
-
-
-def test_engines_keep_theirs_there():
-    from fourier_vllm.engine.measure import kept as engines
-
-    assert engines.folder is kept.folder
 
 
 def test_needs_neither_torch_nor_vllm(folder):

@@ -182,7 +182,7 @@ def _worth(model: Model, of: Watched, medley: Tensor, sizes: Sizes, done: Done) 
 
 def _two_bit_pages(k: Tensor, v: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """What whole pages make of `k` and `v [T, H, D]`."""
-    T, H, D = k.shape
+    _, H, D = k.shape
     layout = PageLayout.build(
         [[PRICED_BITS] * D] * H,
         PRICED_BITS,
@@ -192,13 +192,9 @@ def _two_bit_pages(k: Tensor, v: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
         coefficient_bits=8,
         itemsize=k.dtype.itemsize,
     )
-    end = T // sizes.page_size * sizes.page_size
     codec = PageCodec(layout, k.dtype, k.device)
-    whole_k, whole_v = (x[:end].transpose(0, 1) for x in (k, v))
-    paged = through_pages(codec, whole_k, whole_v, sizes.sink_tokens)
-    k, v = (
-        torch.cat([y.transpose(0, 1).to(x), x[end:]]) for x, y in zip((k, v), paged, strict=True)
-    )
+    paged = through_pages(codec, k.transpose(0, 1), v.transpose(0, 1), sizes.sink_tokens)
+    k, v = (x.transpose(0, 1) for x in paged)
     return k, v
 
 

@@ -12,7 +12,6 @@ import torch
 
 from fourier_vllm.files import locked
 from fourier_vllm.recipe import Recipe, RecipeError
-from fourier_vllm.recipe.kept import folder as folder
 from fourier_vllm.recipe.kept import lock_of
 
 SAMPLED = 256  # numbers of a tensor

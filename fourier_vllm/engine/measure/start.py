@@ -30,6 +30,7 @@ from fourier_vllm.engine.measure.ranks import from_first, gather, is_first, kv_h
 from fourier_vllm.engine.recipe_choice import EngineRecipe
 from fourier_vllm.engine.start_log import logger
 from fourier_vllm.recipe import FORMAT, TARGETS, Provenance, Recipe
+from fourier_vllm.recipe.kept import folder
 
 # Tokens of a document, of all of them, and of the medley for prices. Two cores take minutes for these.
 TOKENS = {"cpu": (1024, 6 * 1024, 512)}
@@ -52,7 +53,7 @@ def settled(engine: EngineRecipe, vllm_config: Any, attention: Mapping[str, Any]
     """
     begin = time.monotonic()
     run = _Run(engine, vllm_config, attention)
-    file = kept.folder() / run.file_name()
+    file = folder() / run.file_name()
     if is_first():
         made = False
 
@@ -196,5 +197,5 @@ def _log(found: kept.Kept, model: str, seconds: float) -> None:
             "(FOURIER_CACHE sets it)",
             model,
             seconds,
-            kept.folder(),
+            folder(),
         )
