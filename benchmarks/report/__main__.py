@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.record import RESULTS, ROOT
-from benchmarks.report import kernels, pictures, serve, starts, sweep, trust
+from benchmarks.report import kernels, pictures, self_calibration, serve, starts, sweep, trust
 
 END = "<!-- end -->"
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
     root = parser.parse_args().root
     tables: dict[str, str] = {}
-    for part in (kernels, serve, starts, sweep, trust):
+    for part in (kernels, self_calibration, serve, starts, sweep, trust):
         tables |= part.tables(RESULTS)
     missing = set(tables)
     for page in (root / "README.md", *sorted(root.glob("docs/**/*.md"))):

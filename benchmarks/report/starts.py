@@ -10,8 +10,8 @@ from fourier_vllm.evaluation.report import table
 
 def tables(results: Path) -> dict[str, str]:
     lines = [
-        [row["engine"], str(row["gpus"]), f"{row['seconds']:.0f}", f"{row['kv_tokens']:,}"]
+        [row["engine"], f"{row['gpus']} {row['gpu']}", f"{row['seconds']:.0f}", f"{row['kv_tokens']:,}"]
         for row in load(results / "start.json")
     ]
     head = ("engine", "GPUs", "seconds until it is ready", "KV tokens")
-    return {"starts": "\n".join(table(head, lines, 1))}
+    return {"starts": "\n".join(table(head, lines, 2))}

@@ -89,7 +89,7 @@ class Sums:
         p = self._weights(late, k, position, scaling)  # [H, G, n, T]
         g_v = g @ v.mT[:, None]
         toward = g_v - (p * g_v).sum(-1, keepdim=True)  # g . (v_t - o)
-        p *= self._is_paged(position, T)
+        p *= from_pages(position, T, self.page_size, self.local_window, self.sink_tokens)
         keys, values = self._residual(self._stored(k)), self._residual(v)  # [H, P, D, W]
         sealed = keys.shape[1] * self.page_size
         self._add("tokens", torch.tensor(sealed - self.sink_tokens))
@@ -125,14 +125,6 @@ class Sums:
         later = torch.arange(k.shape[1], device=k.device) > position[:, None]
         return scores.masked_fill_(later, -torch.inf).softmax(-1)
 
-    def _is_paged(self, position: Tensor, tokens: int) -> Tensor:
-        """Which tokens the queries at `position [n]` read from pages, `[n, T]` bool."""
-        token = torch.arange(tokens, device=position.device)
-        # A document shorter than the local window still has to say which dims matter.
-        window = min(self.local_window, tokens // 4)
-        sealed = pages_before(position + 1, window, self.page_size) * self.page_size
-        return (token >= self.sink_tokens) & (token < sealed[:, None])
-
     def _residual(self, x: Tensor) -> Tensor:
         """`[H, T, D]` to what the coefficients of its whole pages miss, `[H, P, D, W]`."""
         W, S = self.page_size, self.sink_tokens
@@ -167,3 +159,14 @@ class Sums:
 def _by_token(pages: Tensor) -> Tensor:
     """`[H, P, D, W]` to `[H, P * W, D]`."""
     return pages.transpose(2, 3).flatten(1, 2)
+
+
+def from_pages(
+    position: Tensor, tokens: int, page_size: int, local_window: int, sink_tokens: int
+) -> Tensor:
+    """Which of a document's first `tokens` the queries at `position [n]` read from pages, `[n, T]` bool."""
+    token = torch.arange(tokens, device=position.device)
+    # A document shorter than the local window still has to say which dims matter.
+    window = min(local_window, tokens // 4)
+    sealed = pages_before(position + 1, window, page_size) * page_size
+    return (token >= sink_tokens) & (token < sealed[:, None])

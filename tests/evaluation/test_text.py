@@ -19,5 +19,7 @@ def test_manuals_need_no_tkinter():
 
 def test_a_missing_module_is_named(monkeypatch):
     monkeypatch.setattr(text, "MODULES", ("json", "no_such_module"))
-    with pytest.raises(ValueError, match=r"no_such_module cannot be imported here .*: use a Python"):
+    with pytest.raises(
+        ValueError, match=r"no_such_module cannot be imported here .*: use a Python"
+    ):
         text.documents(1, 10**6)

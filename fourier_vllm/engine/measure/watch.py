@@ -57,6 +57,34 @@ def attend(
     return torch.cat(parts, 2)[0].transpose(0, 1)
 
 
+def attend_pages(
+    q: Tensor,
+    raw: tuple[Tensor, Tensor],
+    paged: tuple[Tensor, Tensor],
+    from_pages: Tensor,
+    scale: float,
+) -> Tensor:
+    """`attend` where queries read some of the tokens from pages.
+
+    Parameters
+    ----------
+    q : Tensor [T, Hq, D]
+    raw, paged : pair of Tensor [T, H, D]
+        Keys and values as they are, and as pages give them back.
+    from_pages : Tensor [T, T] bool
+        Tokens that a query reads from pages, all of them before it.
+    scale : float
+        Of the scores.
+    """
+    k, v = (torch.cat(both).transpose(0, 1)[None] for both in zip(raw, paged, strict=True))
+    causal = torch.ones_like(from_pages).tril()
+    mask = torch.cat([causal & ~from_pages, from_pages], 1)
+    out = scaled_dot_product_attention(
+        q.transpose(0, 1)[None], k, v, attn_mask=mask, scale=scale, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
+
+
 @contextmanager
 def watched(layers: Mapping[str, Any], observe: Observe) -> Iterator[None]:
     """Run the layers' attention over one prompt at a time, and no cache.

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fourier_vllm.calibration.statistics import from_pages
 from fourier_vllm.engine.measure import watch
+from fourier_vllm.window import pages_before
 from tests.support.numerics import assert_close
 
 
@@ -28,6 +30,24 @@ def test_attention(window, monkeypatch):
     monkeypatch.setattr(watch, "QUERIES_AT_ONCE", 16)
     q, k, v = torch.randn(77, 6, 40), torch.randn(77, 2, 40), torch.randn(77, 2, 40)
     assert_close("out", naive(q, k, v, 0.2, window), watch.attend(q, k, v, 0.2, window), 1e-5)
+
+
+def test_attention_that_reads_pages():
+    q, k, v = torch.randn(77, 6, 40), torch.randn(77, 2, 40), torch.randn(77, 2, 40)
+    paged = torch.randn(77, 2, 40), torch.randn(77, 2, 40)
+    sizes = dict(page_size=8, local_window=13, sink_tokens=3)
+    read = from_pages(torch.arange(77), 77, **sizes)
+    found = watch.attend_pages(q, (k, v), paged, read, 0.2)
+    pages_read = []
+    for t in range(77):
+        pages = pages_before(t + 1, 13, 8)
+        pages_read.append(pages)
+        mixed = [x.clone() for x in (k, v)]
+        for x, y in zip(mixed, paged, strict=True):
+            x[3 : 8 * pages] = y[3 : 8 * pages]
+        want = naive(q[: t + 1], *(x[: t + 1] for x in mixed), 0.2, None)[t]
+        assert_close(f"query {t}", want, found[t], 1e-5)
+    assert (min(pages_read), max(pages_read)) == (0, 8)
 
 
 class Layer:
