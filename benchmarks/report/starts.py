@@ -10,7 +10,12 @@ from fourier_vllm.evaluation.report import table
 
 def tables(results: Path) -> dict[str, str]:
     lines = [
-        [row["engine"], f"{row['gpus']} {row['gpu']}", f"{row['seconds']:.0f}", f"{row['kv_tokens']:,}"]
+        [
+            row["engine"],
+            f"{row['gpus']} {row['gpu']}",
+            f"{row['seconds']:.0f}",
+            f"{row['kv_tokens']:,}",
+        ]
         for row in load(results / "start.json")
     ]
     head = ("engine", "GPUs", "seconds until it is ready", "KV tokens")

@@ -23,6 +23,9 @@ from fourier_vllm.recipe import LayerRecipe
 PRICES = (1e-30, 1e6)  # nats a byte: nothing is too dear, nothing is worth it
 BISECTIONS = 64
 CHEAPEST = KEY_BITS[0]
+# Damage of values at 0 bits counts as many times: between texts it differs by 4 and more, and a layer whose
+# values are needed after all costs more than its bytes could buy (docs/use/recipes.md).
+LOST_VALUES = 4
 
 
 def spend(
@@ -60,7 +63,7 @@ def spend(
     pages = Pages(H, D, page_size, coefficients, coefficient_bits)
     check_budget(pages, ratio, shards)
     raw = len(statistics) * pages.layout([[CHEAPEST] * D] * H, 0).raw_bytes
-    layers = [_Curves(layer, pages, shards) for layer in statistics]
+    layers = [Curves(layer, pages, shards) for layer in statistics]
 
     def at(price: float) -> tuple[int, list[tuple[Tensor, int]]]:
         picked = [layer.at(price) for layer in layers]
@@ -139,7 +142,7 @@ class Pages:
         return max(plane.offset + plane.nbytes for plane in self.layout(k, v).planes())
 
 
-class _Curves:
+class Curves:
     """Damage and bytes of one layer's choices."""
 
     def __init__(self, layer: LayerStatistics, pages: Pages, shards: int):
@@ -147,7 +150,8 @@ class _Curves:
         damage = torch.stack([layer.key_damage[b] for b in KEY_BITS], -1)
         self.damage = damage.cummin(-1).values  # [H, D, options]
         self.cost = torch.tensor([float(cost_bytes(b, pages.page_size)) for b in KEY_BITS]).double()
-        values = torch.stack([layer.value_damage[b].sum() for b in VALUE_BITS])
+        risk = torch.tensor([1 if b else LOST_VALUES for b in VALUE_BITS])
+        values = risk * torch.stack([layer.value_damage[b].sum() for b in VALUE_BITS])
         empty = [[CHEAPEST] * pages.D] * pages.H
         self.value_bits = pages.value_bits
         self.value_damage = values.cummin(0).values[-len(self.value_bits) :]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourier_vllm.calibration.allocate_model import Pages, spend
+from fourier_vllm.calibration.allocate_model import Curves, Pages, spend
 from fourier_vllm.calibration.statistics import KEY_BITS, VALUE_BITS, LayerStatistics
 from fourier_vllm.recipe import LayerRecipe, RecipeError
 
@@ -99,6 +99,27 @@ def test_values_nobody_reads_keep_their_low_pass_only():
     # Without coefficients there would be nothing left of them.
     (layer,) = spend([LayerStatistics(x.key_damage, silent, x.residual, x.residual)], 4, W, 0, 8)
     assert layer.v == 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_values_are_not_dropped_to_save_a_little(seed):
+    """Their damage counts four times: it is the one that other texts change."""
+    (x,) = statistics(1, seed)
+    pages, price = Pages(H, D, W, M, 8), 1e-3
+
+    def bits(dropped: float) -> int:
+        values = x.value_damage | {0: torch.full((H,), dropped / H).double()}
+        found = LayerStatistics(x.key_damage, values, x.residual, x.residual)
+        return Curves(found, pages, shards=1).at(price)[1]
+
+    def cost(b: int) -> float:
+        return price * pages.end([[0] * D] * H, b)
+
+    kept = bits(1e30)
+    worth = float(x.value_damage[kept].sum()) + cost(kept) - cost(0)
+    assert kept
+    assert bits(worth / 3.9) == kept  # would be dropped if it counted once
+    assert bits(worth / 4.1) == 0
 
 
 def test_shards_get_equal_bytes():

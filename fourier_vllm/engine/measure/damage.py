@@ -10,8 +10,8 @@ none, so both parts of the damage are measured apart.
    else seem 4 to 16 times dearer than it is (Qwen2.5-0.5B). The KL divergence over the energy of the change
    is the price of that layer, in nats.
 
-Damage is price times change. Values at 0 bits lose all but their spectral coefficients. That change is large,
-has a direction and differs between texts, so its price is `ALL_LOST` times that of 2 bits.
+Damage is price times change. Values at 0 bits lose all but their spectral coefficients. That change is large
+and has a direction, so its price is `ALL_LOST` times that of 2 bits.
 docs/use/recipes.md compares the method with gradients.
 """
 
@@ -42,8 +42,7 @@ from fourier_vllm.page import PageLayout
 
 PRICED_BITS = 2  # most dims get them
 KINDS = ("keys", "values")
-# Their KL is 1.4 to 5.8 times what the price of 2 bits says, and differs by 4 between texts (Qwen2.5-0.5B).
-ALL_LOST = 24
+ALL_LOST = 6  # Their KL is 1.4 to 5.8 times what the price of 2 bits says (Qwen2.5-0.5B).
 
 
 class Layer(NamedTuple):
