@@ -45,7 +45,8 @@ def test_attention_that_reads_pages():
         mixed = [x.clone() for x in (k, v)]
         for x, y in zip(mixed, paged, strict=True):
             x[3 : 8 * pages] = y[3 : 8 * pages]
-        want = naive(q[: t + 1], *(x[: t + 1] for x in mixed), 0.2, None)[t]
+        keys, values = (x[: t + 1] for x in mixed)
+        want = naive(q[: t + 1], keys, values, 0.2, None)[t]
         assert_close(f"query {t}", want, found[t], 1e-5)
     assert (min(pages_read), max(pages_read)) == (0, 8)
 
