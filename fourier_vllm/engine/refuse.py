@@ -117,10 +117,7 @@ def _problems(vllm_config: Any) -> Iterator[tuple[str, str]]:
         yield "--prefix-match-unit", "leave it out"
     if getattr(cache, "kv_cache_dtype_skip_layers", None):
         yield "--kv-cache-dtype-skip-layers", "leave it out"
-    if getattr(cache, "kv_offloading_size", None):
-        yield "--kv-offloading-size", "leave it out"
-    if vllm_config.kv_transfer_config is not None:
-        yield "KV connectors (--kv-transfer-config)", "leave it out"
+    yield from _tier_problems(vllm_config, is_cpu)
     if cache.sliding_window is not None:
         yield (
             f"a sliding window of {cache.sliding_window} tokens in every layer",
@@ -140,6 +137,27 @@ def _problems(vllm_config: Any) -> Iterator[tuple[str, str]]:
         yield "--load-format tensorizer", "use --load-format auto"
     if not getattr(scheduler, "scheduler_reserve_full_isl", True):
         yield "--no-scheduler-reserve-full-isl", "leave it out"
+
+
+# The second one is ours: a configuration may be settled twice.
+CONNECTORS = ("SimpleCPUOffloadConnector", "FourierOffloadConnector")
+
+
+def _tier_problems(vllm_config: Any, is_cpu: bool) -> Iterator[tuple[str, str]]:
+    """Options of tiers below the GPU's memory, and of KV caches sent elsewhere."""
+    cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
+    size = getattr(cache, "kv_offloading_size", None)
+    if is_cpu and (size or transfer is not None):
+        yield "KV offloading and connectors on a CPU", "leave out the options for them"
+    if size and cache.kv_offloading_backend != "native":
+        yield f"--kv-offloading-backend {cache.kv_offloading_backend}", "use native"
+    if transfer is not None and transfer.kv_connector not in CONNECTORS:
+        yield (
+            f"KV connector {transfer.kv_connector} (--kv-transfer-config)",
+            "use SimpleCPUOffloadConnector",
+        )
+    if (size or transfer is not None) and not cache.enable_prefix_caching:
+        yield "KV offloading without a prefix cache", "leave out --no-enable-prefix-caching"
 
 
 def _per_kind(vllm_config: Any) -> Mapping[str, Any]:

@@ -172,9 +172,13 @@ def blocks_held_after_abort(llm: Any) -> int:
     return blocks_held(llm)
 
 
+def block_pool(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+
+
 def blocks_held(llm: Any) -> int:
     """Blocks that are not free, without the null block."""
-    pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    pool = block_pool(llm)
     return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
 
 
@@ -207,12 +211,13 @@ def poison_free_blocks(llm: Any) -> Iterator[None]:
     caches = [layer.kv_cache for layer in layers]
     for cache in caches:
         cache.view(torch.uint8).fill_(0xFF)
-    original = BlockPool.get_new_blocks
+    original, pool = BlockPool.get_new_blocks, block_pool(llm)
 
     def get_new_blocks(self: Any, num_blocks: int) -> list[Any]:
         blocks = original(self, num_blocks)
-        for cache in caches:
-            cache.view(torch.uint8)[[b.block_id for b in blocks]] = 0xFF
+        if self is pool:  # a tier below has one of its own
+            for cache in caches:
+                cache.view(torch.uint8)[[b.block_id for b in blocks]] = 0xFF
         return blocks
 
     BlockPool.get_new_blocks = get_new_blocks

@@ -10,7 +10,9 @@ would hold a page, so window blocks in the prefix cache would evict several time
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
@@ -20,6 +22,19 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SingleTypeKVCacheManager,
     SlidingWindowManager,
 )
+
+# Tokens that a lookup's request has in front of the hashes that it is asked for.
+_BEHIND: ContextVar[int] = ContextVar("behind", default=0)
+
+
+@contextmanager
+def lookup_behind(num_computed_tokens: int) -> Iterator[None]:
+    """Lookups in here are for what follows so many tokens, whose blocks the request has."""
+    token = _BEHIND.set(num_computed_tokens)
+    try:
+        yield
+    finally:
+        _BEHIND.reset(token)
 
 
 class _ComputedOnly(SingleTypeKVCacheManager):
@@ -119,6 +134,25 @@ class FourierLocalManager(_ComputedOnly, SlidingWindowManager):
         blocks.extend(new)
         return new
 
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        record_for_zeroing: bool = True,
+    ) -> None:
+        """Blocks for a hit in another tier: pinned ones, and null blocks as in a hit of this cache."""
+        if num_external_computed_tokens <= 0:
+            return
+        blocks = self.req_to_blocks[request_id]
+        first = len(blocks)
+        last = cdiv(num_local_computed_tokens + num_external_computed_tokens, self.block_size)
+        pinned = self.block_pool.get_new_blocks(max(0, min(self._pinned, last) - first))
+        blocks.extend(pinned)
+        blocks.extend([self._null_block] * (last - len(blocks)))
+        if self._record_new_block_ids and record_for_zeroing:
+            self.new_block_ids.extend(block.block_id for block in pinned)
+
     def remove_skipped_blocks(
         self,
         request_id: str,
@@ -172,7 +206,8 @@ class FourierLocalManager(_ComputedOnly, SlidingWindowManager):
         groups: tuple[list[Any], ...] = tuple(
             [block_pool.null_block] * (hit // size) for _ in kv_cache_group_ids
         )
-        for i in range(min(kv_cache_spec.num_pinned_blocks, hit // size)):
+        pinned = max(0, kv_cache_spec.num_pinned_blocks - _BEHIND.get() // size)
+        for i in range(min(pinned, hit // size)):
             cached = block_pool.get_cached_block(hashes[i], kv_cache_group_ids)
             if not cached:
                 return tuple([] for _ in kv_cache_group_ids), 0

@@ -1,0 +1,1 @@
+"""Sealed pages in vLLM's tiers below the GPU's memory."""
