@@ -59,7 +59,7 @@ class FourierBackend(FourierLocalBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        return True  # refuse.py says which
+        return True  # `refuse.py` lets only ours pass
 
     @classmethod
     def supports_per_head_quant_scales(cls) -> bool:

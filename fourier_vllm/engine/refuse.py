@@ -17,6 +17,8 @@ from fourier_vllm.engine.platform import member
 SUPPORTED_VLLM = (Version("0.32"), Version("0.34"))
 WAY_OUT = "leave out --attention-backend fourier for this model"
 RECIPE_OUT = "name a recipe in the option `recipe`, or start with the weights that will be served"
+# vLLM's tiers below the GPU's memory take no page by themselves: docs/use/offload.md.
+CONNECTOR = "FourierOffloadConnector"
 # What a layer may be told beside the usual, and what it means where it has a value.
 EXTRA = {
     "sinks": "learned attention sinks",
@@ -139,25 +141,19 @@ def _problems(vllm_config: Any) -> Iterator[tuple[str, str]]:
         yield "--no-scheduler-reserve-full-isl", "leave it out"
 
 
-# The second one is ours: a configuration may be settled twice.
-CONNECTORS = ("SimpleCPUOffloadConnector", "FourierOffloadConnector")
-
-
 def _tier_problems(vllm_config: Any, is_cpu: bool) -> Iterator[tuple[str, str]]:
     """Options of tiers below the GPU's memory, and of KV caches sent elsewhere."""
     cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
-    size = getattr(cache, "kv_offloading_size", None)
-    if is_cpu and (size or transfer is not None):
-        yield "KV offloading and connectors on a CPU", "leave out the options for them"
-    if size and cache.kv_offloading_backend != "native":
-        yield f"--kv-offloading-backend {cache.kv_offloading_backend}", "use native"
-    if transfer is not None and transfer.kv_connector not in CONNECTORS:
-        yield (
-            f"KV connector {transfer.kv_connector} (--kv-transfer-config)",
-            "use SimpleCPUOffloadConnector",
-        )
-    if (size or transfer is not None) and not cache.enable_prefix_caching:
-        yield "KV offloading without a prefix cache", "leave out --no-enable-prefix-caching"
+    if getattr(cache, "kv_offloading_size", None):
+        yield "--kv-offloading-size", "leave it out"
+    if transfer is None:
+        return
+    if transfer.kv_connector != CONNECTOR:
+        yield "KV connectors (--kv-transfer-config)", "leave it out"
+    if is_cpu:
+        yield f"{CONNECTOR} on a CPU (--kv-transfer-config)", "leave it out"
+    if not cache.enable_prefix_caching:
+        yield f"{CONNECTOR} without a prefix cache", "leave out --no-enable-prefix-caching"
 
 
 def _per_kind(vllm_config: Any) -> Mapping[str, Any]:

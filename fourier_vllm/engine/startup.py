@@ -17,7 +17,6 @@ from fourier_vllm.config import WEIGHTS, FourierConfig
 from fourier_vllm.engine.fingerprint import compressed_layers
 from fourier_vllm.engine.kv_scheme import leave_kv_scheme
 from fourier_vllm.engine.measure.possible import why_not
-from fourier_vllm.engine.offload.choose import settle_offload
 from fourier_vllm.engine.patches import engine_startup, kv_cache_capacity
 from fourier_vllm.engine.platform import member
 from fourier_vllm.engine.recipe_choice import EngineRecipe, engine_recipe
@@ -40,7 +39,6 @@ def settle(vllm_config: Any) -> None:
     leave_kv_scheme(vllm_config)
     check_engine(vllm_config)
     check_measurable(vllm_config)
-    settle_offload(vllm_config)
     engine = resolve(vllm_config)
     options = FourierConfig.from_engine(vllm_config)
     if options.calibration_text is not None:

@@ -22,6 +22,7 @@ from tests.support.engine import (
     prompts,
     tokens,
 )
+from tests.support.tier import hits, later_turns, offload
 
 pytestmark = pytest.mark.gpu
 # Otherwise stock attention multiplies float32 with 10 bits, and near ties of a random model fall either way.
@@ -102,6 +103,19 @@ def test_samples_and_abort(toy, same):
             if fourier:
                 assert blocks_held_after_abort(llm) == 0
     same(results[1], results[0])
+
+
+@pytest.mark.parametrize("options", [{}, GRAPHS], ids=["eager", "graphs"])
+def test_hits_from_cpu_memory(toy, same, options):
+    """Pages that went down to CPU memory and came back, into blocks that held NaN."""
+    with engine(toy(), None, **GPU | {"attention_backend": "TRITON_ATTN"}) as llm:
+        stock = later_turns(llm)
+    with (
+        engine(toy(), KERNELS_LOSSLESS, **GPU | options | offload()) as llm,
+        poison_free_blocks(llm),
+    ):
+        same(later_turns(llm), stock)
+        assert hits(llm) > 1000
 
 
 @pytest.mark.parametrize("early", [0, 112])

@@ -11,46 +11,20 @@ from fourier_vllm.engine.cache.managers import FourierLocalManager
 from fourier_vllm.engine.offload import connector
 from tests.support.engine import (
     LOSSLESS,
-    blocks_held,
     blocks_held_after_abort,
     count_preemptions,
     engine,
     generate,
     poison_free_blocks,
     prompts,
-    tokens,
 )
-from tests.support.tier import copies_without_cuda
+from tests.support.tier import copies_without_cuda, forget, hits, later_turns, offload
 
 FEW = 2e-3  # GiB of a tier that cannot hold all pages
 
 
 def offloading(model: Any, fourier: dict[str, Any], gib: float = 0.05, **options: Any) -> Any:
-    return engine(model, fourier, kv_offloading_size=gib, **options)
-
-
-def forget(llm: Any) -> None:
-    """Empty the GPU's prefix cache once all transfers are over; the tier keeps what it has."""
-    for _ in range(20):  # steps that end transfers
-        generate(llm, [[5, 6, 7]], 2)
-        if blocks_held(llm) == 0:
-            break
-    assert blocks_held(llm) == 0
-    assert llm.reset_prefix_cache()
-
-
-def later_turns(llm) -> list[list[int]]:
-    """Prompts, the same from the tier alone, half of one from the GPU's own cache, and second turns."""
-    ids = prompts()
-    first = generate(llm, ids, 40)
-    forget(llm)
-    again = generate(llm, ids, 40)
-    forget(llm)
-    generate(llm, [ids[3][:150]], 2)
-    longer = generate(llm, [ids[3]], 40)
-    turns = [p + a + [7, 8, 9] for p, a in zip(ids, tokens(first), strict=True)]
-    forget(llm)
-    return tokens(first) + tokens(again) + tokens(longer) + tokens(generate(llm, turns, 40))
+    return engine(model, fourier, **offload(gib), **options)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +46,7 @@ def stock(toy):
 def test_tokens_equal_stock(toy, stock, fourier, options):
     with copies_without_cuda() as moved, offloading(toy(), LOSSLESS | fourier, **options) as llm:
         assert later_turns(llm) == stock
+        assert hits(llm) > 1000
     assert min(moved.values()) > 30, moved
 
 

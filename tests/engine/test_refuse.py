@@ -17,6 +17,7 @@ from fourier_vllm.recipe import ModelFingerprint, target_recipe
 from tests.engine.test_refuse_models import MODELS
 from tests.support.refusals import check_sentence, refusal
 from tests.support.scheduling import engine_config
+from tests.support.tier import offload
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,9 @@ NGRAM = dict(method="ngram", num_speculative_tokens=2, prompt_lookup_max=2)
         ),
         pytest.param(
             dict(kv_offloading_size=1.0), ["--kv-offloading-size", "leave it out"], id="offload"
+        ),
+        pytest.param(
+            offload(), ["FourierOffloadConnector on a CPU", "leave it out"], id="offload-on-cpu"
         ),
         pytest.param(
             dict(decode_context_parallel_size=2, tensor_parallel_size=4),

@@ -1,6 +1,6 @@
-"""vLLM's offloading tier on a machine without a GPU: its own scheduler and worker, with copies made at once.
+"""vLLM's offloading tier: what to ask of it, and how to have it on a machine without a GPU.
 
-The worker's copy engine is CUDA's. Here it is torch's, and events are over when they are recorded.
+There its scheduler and worker run as they are. The worker's copy engine is CUDA's: here it is torch's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,51 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+
+from tests.support.engine import blocks_held, generate, prompts, tokens
+
+
+def offload(gib: float = 0.05) -> dict[str, Any]:
+    """Options of an engine that has so much CPU memory below it."""
+    return {
+        "disable_log_stats": False,
+        "kv_transfer_config": {
+            "kv_connector": "FourierOffloadConnector",
+            "kv_connector_module_path": "fourier_vllm.engine.offload.connector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"cpu_bytes_to_use": int(gib * (1 << 30))},
+        },
+    }
+
+
+def forget(llm: Any) -> None:
+    """Empty the GPU's prefix cache once all transfers are over; the tier keeps what it has."""
+    for _ in range(100):  # steps that end transfers
+        generate(llm, [[5, 6, 7]], 2)
+        if blocks_held(llm) == 0:
+            break
+    assert blocks_held(llm) == 0
+    assert llm.reset_prefix_cache()
+
+
+def later_turns(llm: Any) -> list[list[int]]:
+    """Prompts, the same from the tier alone, one half of which the GPU has, and second turns."""
+    ids = prompts()
+    first = generate(llm, ids, 40)
+    forget(llm)
+    again = generate(llm, ids, 40)
+    forget(llm)
+    generate(llm, [ids[3][:150]], 2)
+    longer = generate(llm, [ids[3]], 40)
+    turns = [p + a + [7, 8, 9] for p, a in zip(ids, tokens(first), strict=True)]
+    forget(llm)
+    return tokens(first) + tokens(again) + tokens(longer) + tokens(generate(llm, turns, 40))
+
+
+def hits(llm: Any) -> int:
+    """Tokens that came from the tier, as vLLM's metrics say."""
+    name = "vllm:external_prefix_cache_hits"
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
 
 
 class Stream:

@@ -101,6 +101,12 @@ def test_pages_and_local_blocks_are_grouped_apart():
 MANAGER_METHODS = {
     "get_num_blocks_to_allocate": ["request_id", "num_tokens", "new_computed_blocks"],
     "allocate_new_blocks": ["request_id", "num_tokens", "num_tokens_main_model"],
+    "allocate_external_computed_blocks": [
+        "request_id",
+        "num_local_computed_tokens",
+        "num_external_computed_tokens",
+        "record_for_zeroing",
+    ],
     "remove_skipped_blocks": ["request_id", "processed_computed_tokens", "num_prompt_tokens"],
     "pop_blocks_for_free": ["request_id"],
     "cache_blocks": ["request", "num_tokens"],
@@ -143,6 +149,21 @@ def test_what_managers_are_built_on():
     for name in ("get_new_blocks", "free_blocks", "get_cached_block", "touch"):
         assert hasattr(BlockPool, name), name
     assert parameters(BlockPool.free_blocks) == ["ordered_blocks"]
+
+
+def test_the_tier_is_asked_for_what_follows_a_local_hit():
+    """`lookup_behind` tells the managers how much that is."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.simple_cpu_offload_connector import (
+        SimpleCPUOffloadConnector,
+    )
+    from vllm.v1.simple_kv_offload.manager import SimpleCPUOffloadScheduler
+
+    for asked in (SimpleCPUOffloadConnector, SimpleCPUOffloadScheduler):
+        found = parameters(asked.get_num_new_matched_tokens)
+        assert found == ["request", "num_computed_tokens"]
+    text = source(SimpleCPUOffloadScheduler.get_num_new_matched_tokens)
+    assert "request.block_hashes[num_skipped_hashes:]" in text
+    assert "self.cpu_coordinator.find_longest_cache_hit(" in text
 
 
 def test_order_inside_allocate_slots():
