@@ -1,11 +1,12 @@
 """Recipes that an engine measures, beside `calibrate` on text of the same domain and predicted ones.
 
-    python -m benchmarks.self_calibration MODEL --texts FOLDER [--contexts 4096 7168 16384] [--own-text]
+    python -m benchmarks.self_calibration MODEL --texts FOLDER [--contexts 4096 7168 16384] [--hows HOW ...]
 
 The folder holds DOMAIN.txt files that no recipe of this package has seen. `calibrate` reads the first 40 % of
 a file, and documents behind that are scored: KL to exact attention and rise of the NLL, pages in the loop of
 the Hugging Face model (`fourier_vllm/evaluation/held_out.py`). All recipes have equal bytes. A shipped recipe
-of the model is not looked at. On a GPU the engine, which goes first, leaves the memory free.
+of the model is not looked at. On a GPU the engine, which goes first, leaves the memory free. `own-text` takes
+minutes, because the model writes it one token after another.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from fourier_vllm.recipe.describe import ratio_of
 SCORED = 256  # tokens behind a context
 CALIBRATED = 0.4  # of a file, its beginning
 CHARS_A_TOKEN = 8
+HOWS = ("measured", "predicted", "calibrate", "own-text")
 
 
 def parse() -> argparse.Namespace:
@@ -42,7 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=2, help="of a domain and context")
     parser.add_argument("--tokens", type=int, default=16384, help="that `calibrate` reads")
     parser.add_argument("--target", choices=TARGETS, default="balanced")
-    parser.add_argument("--own-text", action="store_true", help="calibrate on that too")
+    parser.add_argument("--hows", nargs="+", choices=HOWS, default=list(HOWS[:3]))
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for the recipes")
     parser.add_argument("--append", action="store_true", help="to the rows that are there")
     parser.add_argument("--out", type=Path, default=RESULTS / "self_calibration.json")
@@ -134,8 +136,11 @@ def main() -> None:
     from fourier_vllm.evaluation.held_out import score
 
     args = parse()
-    made = engine_recipes(args.model, args.target)
-    if args.own_text:
+    made = {}
+    if {"measured", "predicted"} & set(args.hows):
+        of_engine = engine_recipes(args.model, args.target)
+        made = {how: found for how, found in of_engine.items() if how in args.hows}
+    if "own-text" in args.hows:
         made["own-text"] = calibrated(args, None)
     model, tokenizer = load_model(args.model)
     rows = load(args.out) if args.append and args.out.exists() else []
@@ -146,7 +151,9 @@ def main() -> None:
             continue
         text = file.read_text("utf-8")
         cut = int(CALIBRATED * len(text))
-        recipes = made | {"calibrate": calibrated(args, text[:cut])}
+        recipes = dict(made)
+        if "calibrate" in args.hows:
+            recipes["calibrate"] = calibrated(args, text[:cut])
         if args.keep is not None:
             args.keep.mkdir(parents=True, exist_ok=True)
             for how, (recipe, _) in recipes.items():
