@@ -42,7 +42,9 @@ from fourier_vllm.page import PageLayout
 
 PRICED_BITS = 2  # most dims get them
 KINDS = ("keys", "values")
-ALL_LOST = 6  # Their KL is 1 to 5 times what the price of 2 bits says (Qwen2.5-0.5B, but its first layer).
+ALL_LOST = (
+    6  # Their KL is 1 to 5 times what the price of 2 bits says (Qwen2.5-0.5B, but its first layer).
+)
 
 
 class Layer(NamedTuple):
