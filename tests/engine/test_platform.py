@@ -207,7 +207,6 @@ def test_fourier_is_honoured():
     [
         (dict(use_mla=True), "MLA not supported"),
         (dict(has_sink=True), "attention sinks not supported"),
-        (dict(use_kv_connector=True), "KV connector not supported"),
         (dict(attn_type="encoder"), "attention type encoder not supported"),
         (dict(use_dcp=True), "DCP not supported"),
     ],

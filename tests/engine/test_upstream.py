@@ -196,7 +196,6 @@ def test_selector_fields_are_validation_arguments():
 @pytest.mark.parametrize(
     "flag",
     [
-        "supports_kv_connector",
         "supports_sink",
         "supports_mm_prefix",
         "supports_non_causal",
