@@ -116,14 +116,14 @@ def arrivals(sizes: Sizes, seed: int, rate: float | None) -> Traffic:
     rate : float or None
         Requests a second, a Poisson process.
     """
-    rng = random.Random(f"arrivals {seed}")
+    rng, clock = random.Random(f"arrivals {seed}"), random.Random(f"clock {seed}")
     low, high = sizes.prompt
     requests, at = [], 0.0
     for i in range(sizes.arrivals):
         ids = tokens(rng, rng.randrange(low // 4, high))
         requests.append(Request(f"arrival-{i}", ids, rng.randrange(16, sizes.answer // 2), at))
         if rate is not None:
-            at += rng.expovariate(rate)
+            at += clock.expovariate(rate)
     return Traffic(requests)
 
 
