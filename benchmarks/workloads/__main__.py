@@ -39,6 +39,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--small", action="store_true", help="few and short requests")
+    parser.add_argument(
+        "--agents", type=int, help="conversations, where the GPU is to hold too few"
+    )
+    parser.add_argument(
+        "--offload-gib", type=float, default=0, help="CPU memory below the GPU's, for every engine"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory", type=float, default=0.85, help="share of the GPU's memory")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
@@ -56,6 +62,7 @@ def main() -> None:
     about = {
         "model": (args.model and Path(args.model).name) or f"{args.shape} shape, made-up weights",
         "gpu": machine(device)["device"],
+        "offload_gib": args.offload_gib,
         "commit": commit(),
         **versions("vllm"),
     }
@@ -73,7 +80,10 @@ def main() -> None:
                 rate = rate or STEADY * row["req_s"]
         process.join()
         if process.exitcode:
-            raise SystemExit(f"engine {engine} ended with exit code {process.exitcode}")
+            error = f"ended with exit code {process.exitcode}"
+            done.append({"engine": engine, "error": error} | about)
+            print(done[-1], flush=True)
+            save(args.out, done)
 
 
 def until_none(process: Any, rows: Any) -> Iterator[dict[str, Any]]:

@@ -19,6 +19,11 @@ COUNTERS = {
     "preempted": "vllm:num_preemptions",
     "hits": "vllm:prefix_cache_hits",
     "queries": "vllm:prefix_cache_queries",
+    "from_tier": "vllm:external_prefix_cache_hits",
+}
+OURS = {
+    "kv_connector": "FourierOffloadConnector",
+    "kv_connector_module_path": "fourier_vllm.engine.offload.connector",
 }
 
 
@@ -26,6 +31,14 @@ def options(args: argparse.Namespace, engine: str, folder: str) -> dict[str, Any
     """Options of `LLM`."""
     found = settings(args, engine, MAX_MODEL_LEN, folder)
     found |= {"enable_prefix_caching": True, "max_num_seqs": 256}
+    if args.offload_gib:
+        is_ours = found.get("attention_backend") == "fourier"
+        connector = OURS if is_ours else {"kv_connector": "SimpleCPUOffloadConnector"}
+        size = {"cpu_bytes_to_use": int(args.offload_gib * (1 << 30))}
+        found["kv_transfer_config"] = connector | {
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": size,
+        }
     if not torch.cuda.is_available():
         found |= {"max_model_len": 4096, "kv_cache_memory_bytes": 1 << 28, "enforce_eager": True}
         if engine == "stock":
@@ -45,7 +58,7 @@ def measured(llm: Any, traffic: Traffic) -> dict[str, Any]:
     row = summary(*drive(llm, traffic))
     found = {name: value - before[name] for name, value in counters(llm).items()}
     row["hit_rate"] = round(found["hits"] / max(1, found["queries"]), 3)
-    return row | {"preempted": int(found["preempted"])}
+    return row | {name: int(found[name]) for name in ("preempted", "from_tier")}
 
 
 def run(args: argparse.Namespace, engine: str, rate: float | None, rows: Any) -> None:
@@ -54,6 +67,7 @@ def run(args: argparse.Namespace, engine: str, rate: float | None, rows: Any) ->
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     sizes = SMALL if args.small else LARGE
+    sizes = sizes._replace(agents=args.agents or sizes.agents)
     with (
         tempfile.TemporaryDirectory() as folder,
         running(options(args, engine, folder)) as llm,

@@ -89,7 +89,7 @@ def answers(sizes: Sizes, seed: int) -> Traffic:
     )
 
 
-def agents(sizes: Sizes, seed: int, count: int | None = None) -> Traffic:
+def agents(sizes: Sizes, seed: int) -> Traffic:
     """Conversations over a long context; a turn comes back with the answer and something new."""
     rng = random.Random(f"agents {seed}")
 
@@ -103,7 +103,7 @@ def agents(sizes: Sizes, seed: int, count: int | None = None) -> Traffic:
 
     first = [
         Request(f"agent-{i}-0", tokens(rng, sizes.context), sizes.reply)
-        for i in range(count or sizes.agents)
+        for i in range(sizes.agents)
     ]
     return Traffic(first, sizes.agents_at_once, follow)
 
