@@ -248,6 +248,15 @@ def run_engine(args: argparse.Namespace, engine: str, max_model_len: int, rows: 
                 rows.put(row | {"fit": is_fit, "peak_gib": round(used, 2)})
 
 
+def rows_of(process: Any, rows: Any) -> Iterator[dict[str, Any]]:
+    """What a process sends, until it has ended and all of it is here."""
+    while process.is_alive() or not rows.empty():
+        try:
+            yield rows.get(timeout=0.2)
+        except queue.Empty:
+            continue
+
+
 def main() -> None:
     args = parse()
     done = load(args.out) if args.append and args.out.exists() else []
@@ -269,11 +278,8 @@ def main() -> None:
             rows = spawn.Queue()
             process = spawn.Process(target=run_engine, args=(args, engine, max_model_len, rows))
             process.start()
-            while process.is_alive() or not rows.empty():
-                try:
-                    add(rows.get(timeout=0.2))
-                except queue.Empty:
-                    continue
+            for row in rows_of(process, rows):
+                add(row)
             if process.exitcode:
                 error = f"ended with exit code {process.exitcode}"
                 add({"engine": engine, "max_model_len": max_model_len, "error": error})

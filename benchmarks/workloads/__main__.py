@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import queue
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.record import RESULTS, load, save
-from benchmarks.serve import ENGINES, SHAPES
+from benchmarks.serve import ENGINES, SHAPES, rows_of
 from benchmarks.workloads.engine import STEADY, run
 from fourier_vllm.evaluation.machine import commit, machine, versions
 
@@ -72,7 +69,7 @@ def main() -> None:
         rows = spawn.Queue()
         process = spawn.Process(target=run, args=(args, engine, rate, rows))
         process.start()
-        for row in until_none(process, rows):
+        for row in rows_of(process, rows):
             print(row, flush=True)
             done.append(row | about)
             save(args.out, done)
@@ -84,20 +81,6 @@ def main() -> None:
             done.append({"engine": engine, "error": error} | about)
             print(done[-1], flush=True)
             save(args.out, done)
-
-
-def until_none(process: Any, rows: Any) -> Iterator[dict[str, Any]]:
-    """Rows until the process says that it is done, or dies."""
-    while True:
-        try:
-            row = rows.get(timeout=1)
-        except queue.Empty:
-            if process.is_alive():
-                continue
-            return
-        if row is None:
-            return
-        yield row
 
 
 if __name__ == "__main__":

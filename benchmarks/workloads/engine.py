@@ -62,7 +62,7 @@ def measured(llm: Any, traffic: Traffic) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace, engine: str, rate: float | None, rows: Any) -> None:
-    """All workloads of one engine; a row is sent as soon as it is measured, None at the end."""
+    """All workloads of one engine; a row is sent as soon as it is measured."""
     from fourier_vllm.evaluation.engine_session import running
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -84,4 +84,3 @@ def run(args: argparse.Namespace, engine: str, rate: float | None, rows: Any) ->
         if "steady" in args.workloads and rate is not None:
             row = measured(llm, arrivals(sizes, args.seed, rate))
             rows.put(about | {"workload": "steady", "rate": round(rate, 3)} | row)
-    rows.put(None)
