@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fourier_vllm.calibration.collect import collect
 from fourier_vllm.calibration.hf_model import load
@@ -140,9 +142,21 @@ def test_two_engines_at_once(toy, cache, monkeypatch, capfd):
     assert said.count("; kept in") == said.count("llama found in") == 1
 
 
-def test_forward_passes_see_what_gradients_see(toy, cache, monkeypatch):
-    """Damage in nats, layer by layer, beside that of `calibrate` on the same text."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_forward_passes_see_what_gradients_see(toy, cache, tmp_path, monkeypatch, dtype):
+    """Damage in nats, layer by layer, beside that of `calibrate` on the same text.
+
+    In 16 bits any change rounds all activations behind it anew, which moves these models' predictions more
+    than pages do: as small as that is what attention adds to them.
+    """
     model = add_tokenizer(toy())
+    if dtype == "bfloat16":
+        model = shutil.copytree(model, tmp_path / "model")
+        weights = load_file(model / "model.safetensors")
+        for name in weights:
+            if "o_proj" in name:
+                weights[name] /= 64
+        save_file(weights, model / "model.safetensors", {"format": "pt"})
     seen: dict[str, Any] = {}
     real = start.measure
 
@@ -151,11 +165,11 @@ def test_forward_passes_see_what_gradients_see(toy, cache, monkeypatch):
         return seen["found"]
 
     monkeypatch.setattr(start, "measure", spy)
-    run(model, MEASURED)
+    run(model, MEASURED, dtype=dtype)
     hf, _ = load(str(model))
     expected = collect(hf, seen["texts"].documents, *seen["sizes"])
     for ours, theirs in zip(seen["found"], expected, strict=True):
-        torch.testing.assert_close(ours.residual, theirs.residual, rtol=1e-3, atol=0)
+        torch.testing.assert_close(ours.residual, theirs.residual, rtol=0.02, atol=0)
         for name in ("key_damage", "value_damage"):
             a, b = (float(getattr(x, name)[2].sum()) for x in (ours, theirs))
             assert 1 / 3 < a / b < 3, name

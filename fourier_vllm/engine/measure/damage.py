@@ -8,7 +8,9 @@ none, so both parts of the damage are measured apart.
 2. What a change is worth: keys, then values, of one layer go through 2-bit pages while all else stays exact.
    Queries read the last tokens raw, as they do in serving: a first layer that looks at its neighbours would
    else seem 4 to 16 times dearer than it is (Qwen2.5-0.5B). The KL divergence over the energy of the change
-   is the price of that layer, in nats.
+   is the price of that layer, in nats. A model in 16 bits rounds its activations, and any change, however
+   small, rounds them anew: that alone is .001 nats a token (SmolLM2), ten times what 2-bit pages do to most
+   layers. So the change of the layer's output is enlarged until its KL stands out (`NATS`).
 
 Damage is price times change. Values at 0 bits lose all but their spectral coefficients. That change is large
 and has a direction, so its price is `ALL_LOST` times that of 2 bits.
@@ -17,6 +19,7 @@ docs/use/recipes.md compares the method with gradients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from itertools import product
@@ -26,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fourier_vllm._text import SUBJECT
 from fourier_vllm.calibration.statistics import (
     KEY_BITS,
     VALUE_BITS,
@@ -36,7 +40,7 @@ from fourier_vllm.calibration.statistics import (
 from fourier_vllm.engine.measure.forward import Model
 from fourier_vllm.engine.measure.progress import Done, progress
 from fourier_vllm.engine.measure.ranks import gather, query_heads
-from fourier_vllm.engine.measure.watch import attend_pages, watched
+from fourier_vllm.engine.measure.watch import change_by_pages, watched
 from fourier_vllm.kernels.reference.codec import PageCodec, through_pages
 from fourier_vllm.page import PageLayout
 
@@ -45,6 +49,13 @@ KINDS = ("keys", "values")
 ALL_LOST = (
     6  # Their KL is 1 to 5 times what the price of 2 bits says (Qwen2.5-0.5B, but its first layer).
 )
+NATS = (
+    0.015,
+    0.08,
+)  # a token: far above rounding, and KL still grows with the square of the change
+FACTORS = (1, 256)  # by which a change is enlarged
+FIRST_FACTOR = 8
+TRIES = 4
 
 
 class Layer(NamedTuple):
@@ -113,6 +124,11 @@ def measure(model: Model, of: Watched, texts: Texts, sizes: Sizes) -> list[Layer
     -------
     list of LayerStatistics
         All layers and all heads, the same on every worker.
+
+    Raises
+    ------
+    ValueError
+        The model's activations overflow, on all workers at once; in one sentence with the way out.
     """
     passes = 1 + len(KINDS) * of.num_layers
     with progress(sum(map(len, texts.documents)) + passes * len(texts.medley)) as done:
@@ -175,26 +191,50 @@ def _worth(model: Model, of: Watched, medley: Tensor, sizes: Sizes, done: Done) 
     window = sizes.page_size, sizes.local_window, sizes.sink_tokens
     read = from_pages(position, tokens, *window)
     chosen: tuple[int, int] | None = None  # layer and kind that go through pages
+    factors: dict[int, float] = dict.fromkeys(range(len(KINDS)), FIRST_FACTOR)
 
     def observe(name: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
         if chosen is None or name not in of.layers or of.layers[name].ordinal != chosen[0]:
             return out
         paged = _two_bit_pages(k, v, sizes)
         paged = (paged[0], v) if KINDS[chosen[1]] == "keys" else (k, paged[1])
-        changed = attend_pages(q, (k, v), paged, read, of.attention[name].impl.scale)
-        change = (changed.float() - out.float()).square()
-        worth.energy[chosen] = change.sum(dtype=torch.float64).cpu()
-        return changed
+        change = change_by_pages(q, (k, v), paged, read, of.attention[name].impl.scale)
+        change *= factors[chosen[1]]
+        worth.energy[chosen] = change.square().sum(dtype=torch.float64).cpu()
+        return out.float() + change
 
     with watched(of.attention, observe):
         exact = model.hidden_states(medley)
-        done(len(medley))
+        done(tokens)
         for chosen in product(range(of.num_layers), range(len(KINDS))):
-            found = model.hidden_states(medley)
-            if exact is not None and found is not None:
-                worth.nats[chosen] = model.divergence(exact, found)
-            done(len(medley))
+            # The factor of a layer is the first guess for the next one.
+            for _ in range(TRIES):
+                found = model.hidden_states(medley)
+                if exact is not None and found is not None:
+                    worth.nats[chosen] = model.divergence(exact, found)
+                nats = max(gather(float(worth.nats[chosen]))) / tokens
+                better = _factor(factors[chosen[1]], nats)
+                if better is None:
+                    break
+                factors[chosen[1]] = better
+            if nats == math.inf:
+                kind = KINDS[chosen[1]]
+                raise ValueError(
+                    f"{SUBJECT} cannot measure this model: its activations overflow once the {kind} of"
+                    f" layer {chosen[0]} have 2 bits; name a recipe, or set recipe to weights."
+                )
+            done(tokens)
     return worth
+
+
+def _factor(factor: float, nats: float) -> float | None:
+    """What to enlarge a change by instead of `factor`, which gave `nats` a token; None if that will do."""
+    low, high = NATS
+    if low <= nats <= high:
+        return None
+    wanted = factor * math.sqrt(math.sqrt(low * high) / max(nats, low / 1000))
+    wanted = min(max(wanted, FACTORS[0]), FACTORS[1])
+    return wanted if wanted != factor else None
 
 
 def _two_bit_pages(k: Tensor, v: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -59,11 +60,12 @@ class Model:
     def divergence(self, exact: Tensor, found: Tensor) -> float:
         """KL divergence of predictions from hidden states `[T, hidden]`, nats, summed over the tokens.
 
-        All ranks of the stage have to call it.
+        Infinite where an activation is not finite. All ranks of the stage have to call it.
         """
         total = 0.0
         for a, b in zip(exact.split(ROWS_AT_ONCE), found.split(ROWS_AT_ONCE), strict=True):
             logp, logq = (self.module.compute_logits(x).float().log_softmax(-1) for x in (a, b))
             # Padding of the vocabulary has a probability of zero in both.
-            total += float((logp.exp() * (logp - logq)).nan_to_num(0).sum(dtype=torch.float64))
-        return total
+            nats = torch.where(logp == -torch.inf, 0, logp.exp() * (logp - logq))
+            total += float(nats.sum(dtype=torch.float64))
+        return total if math.isfinite(total) else math.inf

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-QUERIES_AT_ONCE = 512  # in a sliding window, whose scores are masked
+QUERIES_AT_ONCE = 512  # where scores are masked
 
 Observe = Callable[[str, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -57,14 +57,14 @@ def attend(
     return torch.cat(parts, 2)[0].transpose(0, 1)
 
 
-def attend_pages(
+def change_by_pages(
     q: Tensor,
     raw: tuple[Tensor, Tensor],
     paged: tuple[Tensor, Tensor],
     from_pages: Tensor,
     scale: float,
 ) -> Tensor:
-    """`attend` where queries read some of the tokens from pages.
+    """What causal attention gives more where queries read some of the tokens from pages.
 
     Parameters
     ----------
@@ -75,14 +75,29 @@ def attend_pages(
         Tokens that a query reads from pages, all of them before it.
     scale : float
         Of the scores.
+
+    Returns
+    -------
+    Tensor [T, Hq, D], float32
+        Zeros for queries that read nothing from pages.
     """
-    k, v = (torch.cat(both).transpose(0, 1)[None] for both in zip(raw, paged, strict=True))
     causal = torch.ones_like(from_pages).tril()
     mask = torch.cat([causal & ~from_pages, from_pages], 1)
-    out = scaled_dot_product_attention(
-        q.transpose(0, 1)[None], k, v, attn_mask=mask, scale=scale, enable_gqa=True
-    )
-    return out[0].transpose(0, 1)
+    query = q.float().transpose(0, 1)[None]
+
+    def attended(second: tuple[Tensor, Tensor]) -> Tensor:
+        k, v = (
+            torch.cat(both).float().transpose(0, 1)[None] for both in zip(raw, second, strict=True)
+        )
+        parts = [
+            scaled_dot_product_attention(few, k, v, attn_mask=some, scale=scale, enable_gqa=True)
+            for few, some in zip(
+                query.split(QUERIES_AT_ONCE, 2), mask.split(QUERIES_AT_ONCE), strict=True
+            )
+        ]
+        return torch.cat(parts, 2)[0].transpose(0, 1)
+
+    return attended(paged) - attended(raw)
 
 
 @contextmanager

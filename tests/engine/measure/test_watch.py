@@ -32,12 +32,15 @@ def test_attention(window, monkeypatch):
     assert_close("out", naive(q, k, v, 0.2, window), watch.attend(q, k, v, 0.2, window), 1e-5)
 
 
-def test_attention_that_reads_pages():
-    q, k, v = torch.randn(77, 6, 40), torch.randn(77, 2, 40), torch.randn(77, 2, 40)
-    paged = torch.randn(77, 2, 40), torch.randn(77, 2, 40)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_pages_change(dtype, monkeypatch):
+    monkeypatch.setattr(watch, "QUERIES_AT_ONCE", 16)
+    q, k, v = (torch.randn(77, heads, 40).to(dtype) for heads in (6, 2, 2))
+    paged = torch.randn(77, 2, 40).to(dtype), torch.randn(77, 2, 40).to(dtype)
     sizes = dict(page_size=8, local_window=13, sink_tokens=3)
     read = from_pages(torch.arange(77), 77, **sizes)
-    found = watch.attend_pages(q, (k, v), paged, read, 0.2)
+    found = watch.change_by_pages(q, (k, v), paged, read, 0.2)
+    exact = naive(q, k, v, 0.2, None)
     pages_read = []
     for t in range(77):
         pages = pages_before(t + 1, 13, 8)
@@ -46,8 +49,11 @@ def test_attention_that_reads_pages():
         for x, y in zip(mixed, paged, strict=True):
             x[3 : 8 * pages] = y[3 : 8 * pages]
         keys, values = (x[: t + 1] for x in mixed)
-        want = naive(q[: t + 1], keys, values, 0.2, None)[t]
-        assert_close(f"query {t}", want, found[t], 1e-5)
+        want = naive(q[: t + 1], keys, values, 0.2, None)[t] - exact[t]
+        if pages == 0:
+            assert not found[t].any()
+        else:
+            assert_close(f"query {t}", want, found[t], 1e-4)
     assert (min(pages_read), max(pages_read)) == (0, 8)
 
 
