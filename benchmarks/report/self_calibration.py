@@ -14,7 +14,28 @@ HOWS = (REFERENCE, OURS, "own-text", "predicted")
 
 
 def tables(results: Path) -> dict[str, str]:
-    return {"self_calibration": domains(load(results / "self_calibration.json"))}
+    rows = load(results / "self_calibration.json")
+    return {"self_calibration": domains(rows), "self_calibration by model": models(rows)}
+
+
+def models(rows: list[dict[str, Any]]) -> str:
+    """KL by model, means over its domains and contexts."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        of_model = [row for row in rows if row["model"] == model]
+        kl = {how: [row["kl"] for row in of_model if row["how"] == how] for how in HOWS}
+        times = [ours / theirs for ours, theirs in zip(kl[OURS], kl[REFERENCE], strict=True)]
+        lines.append(
+            [
+                model,
+                str(len({row["domain"] for row in of_model})),
+                ", ".join(f"{x:,}" for x in sorted({row["context"] for row in of_model})),
+                *(f"{mean(kl[how]):.4f}" for how in (OURS, REFERENCE, "predicted")),
+                f"{min(times):.2f} to {max(times):.2f}",
+            ]
+        )
+    head = ("model", "domains", "contexts", "nothing set", "`calibrate` on the domain")
+    return "\n".join(table((*head, "predicted", "first / second, by cell"), lines, 3))
 
 
 def domains(rows: list[dict[str, Any]]) -> str:

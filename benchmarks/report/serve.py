@@ -50,7 +50,7 @@ def tables(results: Path) -> dict[str, str]:
     for prefix, rows in groups(results).items():
         made |= {prefix + name: text for name, text in of_group(rows).items()}
         if not prefix:
-            made["headline"] = headline(rows, load(results / "needles_predicted.json"))
+            made["headline"] = headline(rows, load(results / "needles_measured.json"))
     return made
 
 
@@ -114,13 +114,15 @@ def headline(rows: list[Row], needles: list[Row]) -> str:
         lines.append([what, *beside_stock(values, engines, digits), "A"])
     asked = next(run for run in needles if run["model"] == NEEDLES_MODEL)
     stock, ours = (
-        next(row for row in asked["rows"] if row["engine"] == name)
-        for name in ("stock", "fourier {}")
+        [row for row in asked["rows"] if row["engine"] == name] for name in ("stock", "fourier {}")
     )
-    tokens = beside_stock({"stock": stock["kv_tokens"], "fourier": ours["kv_tokens"]}, engines, 0)
-    right = [f"{row['right']}; {held}" for row, held in zip((stock, ours), tokens, strict=True)]
-    what = f"needles found of {stock['questions']}; KV tokens at 8,192 tokens a request"
-    lines.append([what, *right, "B"])
+    for one, other in zip(stock, ours, strict=True):
+        what = f"needles found of {one['questions']} in {one['context_tokens']:,} tokens"
+        lines.append([what, str(one["right"]), str(other["right"]), "B"])
+    held = {"stock": stock[0]["kv_tokens"], "fourier": ours[0]["kv_tokens"]}
+    longest = max(row["context_tokens"] for row in stock)
+    what = f"KV tokens in 1 GiB, requests of up to {longest:,} tokens"
+    lines.append([what, *beside_stock(held, engines, 0), "B"])
     return "\n".join(table(["", *engines, "run"], lines))
 
 

@@ -16,6 +16,7 @@ def tables(results: Path) -> dict[str, str]:
         "hit cost": hits(load(results / "hit_cost.json")),
         "served": served(load(results / "serve_vllm033.json")),
         "needles": needles(load(results / "needles_predicted.json")),
+        "needles of measured recipes": needles(load(results / "needles_measured.json")),
     }
 
 
@@ -86,7 +87,10 @@ def needles(results: list[dict[str, Any]]) -> str:
     for result in results:
         for row in result["rows"]:
             tokens = row.get("context_tokens", result.get("context_tokens"))
-            column = found.setdefault(f"{result['model']}, {tokens:,} tokens", {})
+            model = " ".join(
+                filter(None, (result["model"], result.get("engine", {}).get("quantization")))
+            )
+            column = found.setdefault(f"{model}, {tokens:,} tokens", {})
             column[row["engine"]] = f"{row['right']} of {row['questions']}"
     engines = list(dict.fromkeys(name for rows in found.values() for name in rows))
     lines = [[x, *(rows.get(x, "") for rows in found.values())] for x in engines]
