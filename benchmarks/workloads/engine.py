@@ -21,10 +21,6 @@ COUNTERS = {
     "queries": "vllm:prefix_cache_queries",
     "from_tier": "vllm:external_prefix_cache_hits",
 }
-OURS = {
-    "kv_connector": "FourierOffloadConnector",
-    "kv_connector_module_path": "fourier_vllm.engine.offload.connector",
-}
 
 
 def options(args: argparse.Namespace, engine: str, folder: str) -> dict[str, Any]:
@@ -32,12 +28,10 @@ def options(args: argparse.Namespace, engine: str, folder: str) -> dict[str, Any
     found = settings(args, engine, MAX_MODEL_LEN, folder)
     found |= {"enable_prefix_caching": True, "max_num_seqs": 256}
     if args.offload_gib:
-        is_ours = found.get("attention_backend") == "fourier"
-        connector = OURS if is_ours else {"kv_connector": "SimpleCPUOffloadConnector"}
-        size = {"cpu_bytes_to_use": int(args.offload_gib * (1 << 30))}
-        found["kv_transfer_config"] = connector | {
+        found["kv_transfer_config"] = {
+            "kv_connector": "SimpleCPUOffloadConnector",
             "kv_role": "kv_both",
-            "kv_connector_extra_config": size,
+            "kv_connector_extra_config": {"cpu_bytes_to_use": int(args.offload_gib * (1 << 30))},
         }
     if not torch.cuda.is_available():
         found |= {"max_model_len": 4096, "kv_cache_memory_bytes": 1 << 28, "enforce_eager": True}

@@ -15,6 +15,7 @@ from fourier_vllm.engine.cache.specs import FourierLocalSpec, FourierPageSpec
 from fourier_vllm.engine.fingerprint import compressed_layers
 from fourier_vllm.engine.metadata import FourierMetadata
 from fourier_vllm.engine.model_weights import UnreadableError, read_projections
+from fourier_vllm.engine.offload.choose import row_alignment
 from fourier_vllm.engine.refuse import check_stage, no_recipe
 from fourier_vllm.engine.sizes import id_bytes, layer_layout, num_local_groups, window_of
 from fourier_vllm.page import PAGE_ALIGNMENT, PageLayout
@@ -121,7 +122,7 @@ def bind(impl: FourierImpl, layer: Any, name: str) -> Binding:
     )
     pages = FourierPageSpec(
         block_size=window.page_size,
-        block_stride_alignment=PAGE_ALIGNMENT,
+        block_stride_alignment=max(PAGE_ALIGNMENT, row_alignment(config)),
         num_head_slots=1,
         tokens_per_state=window.page_size,
         state_content_bytes=layout.page_bytes,

@@ -12,13 +12,12 @@ from packaging.version import Version
 from fourier_vllm._text import SUBJECT, show
 from fourier_vllm.config import FourierConfig
 from fourier_vllm.engine.measure.possible import why_not
+from fourier_vllm.engine.offload.choose import CONNECTOR
 from fourier_vllm.engine.platform import member
 
 SUPPORTED_VLLM = (Version("0.32"), Version("0.34"))
 WAY_OUT = "leave out --attention-backend fourier for this model"
 RECIPE_OUT = "name a recipe in the option `recipe`, or start with the weights that will be served"
-# vLLM's tiers below the GPU's memory take no page by themselves: docs/use/offload.md.
-CONNECTOR = "FourierOffloadConnector"
 # What a layer may be told beside the usual, and what it means where it has a value.
 EXTRA = {
     "sinks": "learned attention sinks",
@@ -142,18 +141,21 @@ def _problems(vllm_config: Any) -> Iterator[tuple[str, str]]:
 
 
 def _tier_problems(vllm_config: Any, is_cpu: bool) -> Iterator[tuple[str, str]]:
-    """Options of tiers below the GPU's memory, and of KV caches sent elsewhere."""
+    """Tiers below the GPU's memory that `choose_connector` left, and KV caches sent elsewhere."""
     cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
-    if getattr(cache, "kv_offloading_size", None):
-        yield "--kv-offloading-size", "leave it out"
-    if transfer is None:
+    connector = transfer.kv_connector if transfer is not None else None
+    if connector not in (None, CONNECTOR):
+        way_out = f"leave it out, or name {CONNECTOR} to keep pages in CPU memory"
+        yield f"the KV connector {show(connector)} (--kv-transfer-config)", way_out
+    if cache.kv_offloading_size is not None:
+        yield f"--kv-offloading-backend {cache.kv_offloading_backend}", "leave it out"
+    if connector is None:
         return
-    if transfer.kv_connector != CONNECTOR:
-        yield "KV connectors (--kv-transfer-config)", "leave it out"
+    tier = "a tier below the prefix cache (--kv-offloading-size, --kv-transfer-config)"
     if is_cpu:
-        yield f"{CONNECTOR} on a CPU (--kv-transfer-config)", "leave it out"
+        yield f"{tier} on a CPU", "leave it out"
     if not cache.enable_prefix_caching:
-        yield f"{CONNECTOR} without a prefix cache", "leave out --no-enable-prefix-caching"
+        yield f"{tier} without one", "leave out --no-enable-prefix-caching"
 
 
 def _per_kind(vllm_config: Any) -> Mapping[str, Any]:

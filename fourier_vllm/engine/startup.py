@@ -17,6 +17,7 @@ from fourier_vllm.config import WEIGHTS, FourierConfig
 from fourier_vllm.engine.fingerprint import compressed_layers
 from fourier_vllm.engine.kv_scheme import leave_kv_scheme
 from fourier_vllm.engine.measure.possible import why_not
+from fourier_vllm.engine.offload.choose import choose_connector
 from fourier_vllm.engine.patches import engine_startup, kv_cache_capacity
 from fourier_vllm.engine.platform import member
 from fourier_vllm.engine.recipe_choice import EngineRecipe, engine_recipe
@@ -37,6 +38,7 @@ def settle(vllm_config: Any) -> None:
     engine_startup.listen()
     kv_cache_capacity.install()
     leave_kv_scheme(vllm_config)
+    choose_connector(vllm_config)
     check_engine(vllm_config)
     check_measurable(vllm_config)
     engine = resolve(vllm_config)

@@ -23,8 +23,14 @@ from tests.support.tier import copies_without_cuda, forget, hits, later_turns, o
 FEW = 2e-3  # GiB of a tier that cannot hold all pages
 
 
-def offloading(model: Any, fourier: dict[str, Any], gib: float = 0.05, **options: Any) -> Any:
-    return engine(model, fourier, **offload(gib), **options)
+def offloading(
+    model: Any,
+    fourier: dict[str, Any],
+    gib: float = 0.05,
+    tier: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    return engine(model, fourier, **offload(gib, **tier or {}), **options)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +54,34 @@ def test_tokens_equal_stock(toy, stock, fourier, options):
         assert later_turns(llm) == stock
         assert hits(llm) > 1000
     assert min(moved.values()) > 30, moved
+
+
+def test_stored_only_when_the_gpu_needs_the_room(toy, stock):
+    pool = dict(num_gpu_blocks_override=40, max_model_len=512)
+    with (
+        copies_without_cuda() as moved,
+        offloading(toy(), LOSSLESS, tier=dict(lazy_offload=True), **pool) as llm,
+    ):
+        assert later_turns(llm) == stock
+    assert moved["stored"] > 10, moved
+
+
+@pytest.mark.parametrize("capacity", [1 << 26, 1 << 21], ids=["all-fits", "full"])
+@pytest.mark.parametrize("use_page_cache", [False, True], ids=["direct", "page-cache"])
+def test_a_disk(toy, stock, tmp_path, capacity, use_page_cache):
+    """vLLM's own reads and writes of its file, which nobody else can read."""
+    file = tmp_path / "pages"
+    disk = dict(
+        kv_offload_backend="disk",
+        disk_path=str(file),
+        disk_capacity_bytes=capacity,
+        use_page_cache=use_page_cache,
+    )
+    with copies_without_cuda() as moved, offloading(toy(), LOSSLESS, tier=disk) as llm:
+        (found,) = tmp_path.iterdir()
+        assert found.stat().st_mode & 0o077 == 0
+        assert later_turns(llm) == stock
+    assert min(moved.values()) > 5, moved
 
 
 @pytest.mark.parametrize("late", [0, 3])

@@ -17,7 +17,6 @@ from fourier_vllm.recipe import ModelFingerprint, target_recipe
 from tests.engine.test_refuse_models import MODELS
 from tests.support.refusals import check_sentence, refusal
 from tests.support.scheduling import engine_config
-from tests.support.tier import offload
 
 
 @pytest.mark.parametrize(
@@ -87,14 +86,26 @@ NGRAM = dict(method="ngram", num_speculative_tokens=2, prompt_lookup_max=2)
     [
         pytest.param(
             dict(kv_transfer_config=dict(kv_connector="ExampleConnector", kv_role="kv_both")),
-            ["--kv-transfer-config", "leave it out"],
+            ["ExampleConnector", "--kv-transfer-config", "leave it out"],
             id="connector",
         ),
         pytest.param(
-            dict(kv_offloading_size=1.0), ["--kv-offloading-size", "leave it out"], id="offload"
+            dict(
+                kv_offloading_size=1.0,
+                kv_transfer_config=dict(kv_connector="OffloadingConnector", kv_role="kv_both"),
+            ),
+            ["OffloadingConnector", "name FourierOffloadConnector"],
+            id="other-tier",
         ),
         pytest.param(
-            offload(), ["FourierOffloadConnector on a CPU", "leave it out"], id="offload-on-cpu"
+            dict(kv_offloading_size=1.0, kv_offloading_backend="lmcache"),
+            ["--kv-offloading-backend lmcache", "leave it out"],
+            id="lmcache",
+        ),
+        pytest.param(
+            dict(kv_offloading_size=1.0),
+            ["on a CPU", "--kv-offloading-size", "leave it out"],
+            id="offload-on-cpu",
         ),
         pytest.param(
             dict(decode_context_parallel_size=2, tensor_parallel_size=4),

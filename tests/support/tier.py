@@ -15,17 +15,12 @@ import torch
 from tests.support.engine import blocks_held, generate, prompts, tokens
 
 
-def offload(gib: float = 0.05) -> dict[str, Any]:
-    """Options of an engine that has so much CPU memory below it."""
-    return {
-        "disable_log_stats": False,
-        "kv_transfer_config": {
-            "kv_connector": "FourierOffloadConnector",
-            "kv_connector_module_path": "fourier_vllm.engine.offload.connector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"cpu_bytes_to_use": int(gib * (1 << 30))},
-        },
-    }
+def offload(gib: float = 0.05, **settings: Any) -> dict[str, Any]:
+    """Options of an engine that has so much CPU memory below it; `settings` are the connector's."""
+    found: dict[str, Any] = {"disable_log_stats": False, "kv_offloading_size": gib}
+    if settings:
+        found["kv_transfer_config"] = {"kv_connector_extra_config": settings}
+    return found
 
 
 def forget(llm: Any) -> None:
@@ -67,6 +62,9 @@ class Stream:
     @staticmethod
     def priority_range() -> tuple[int, int]:
         return 0, 0
+
+    def wait_event(self, event: Any) -> None:
+        pass
 
 
 class Event:
@@ -111,6 +109,18 @@ class Copies:
         self.moved["stored" if is_store else "loaded"] += len(source)
         events_list.append((event_idx, Event(self.late)))
 
+    def copy_blocks(self, source: list[int], target: list[int], caches: Any) -> None:
+        """Between the caches and a disk's buffers, in place of CUDA's."""
+        a, b = caches
+        for name in a:
+            b[name][target] = a[name][source]
+        self.moved["stored" if a is self.caches[0] else "loaded"] += len(source)
+
+    def build_params(self, a: Any, b: Any, *_: Any, **__: Any) -> Any:
+        if not hasattr(self, "caches"):  # the first ones are of a store
+            self.caches = a, b
+        return a, b
+
     def shutdown(self) -> None:
         pass
 
@@ -118,7 +128,7 @@ class Copies:
 @contextmanager
 def copies_without_cuda(late: int = 0) -> Iterator[dict[str, int]]:
     """Engines in here may offload on a CPU; blocks that went down and came back are counted."""
-    from vllm.v1.simple_kv_offload import worker
+    from vllm.v1.simple_kv_offload import disk_backend, worker
 
     from fourier_vllm.engine import refuse
 
@@ -126,6 +136,10 @@ def copies_without_cuda(late: int = 0) -> Iterator[dict[str, int]]:
     with (
         patch.object(worker, "DmaCopyBackend", lambda: made),
         patch.object(worker, "PIN_MEMORY", False),
+        patch.object(disk_backend, "build_params", made.build_params),
+        patch.object(disk_backend, "copy_blocks", made.copy_blocks),
+        patch.object(disk_backend, "pin_tensor", lambda _: None),
+        patch.object(disk_backend, "O_DIRECT", 0),  # not every file system has it
         patch.object(torch.cuda, "Stream", Stream),
         patch.object(torch.cuda, "current_stream", lambda *_: None),
         patch.object(torch, "Event", Event),
