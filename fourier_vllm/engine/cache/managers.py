@@ -153,6 +153,12 @@ class FourierLocalManager(_ComputedOnly, SlidingWindowManager):
         if self._record_new_block_ids and record_for_zeroing:
             self.new_block_ids.extend(block.block_id for block in pinned)
 
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Publish the pinned blocks alone; an event for others would hold their tokens and no hash."""
+        super().cache_blocks(
+            request, min(num_tokens, self._pinned * self.block_size), *args, **kwargs
+        )
+
     def remove_skipped_blocks(
         self,
         request_id: str,
