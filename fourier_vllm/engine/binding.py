@@ -12,10 +12,10 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from fourier_vllm.engine.cache.local_cache import SUFFIX, FourierLocalCache
 from fourier_vllm.engine.cache.specs import FourierLocalSpec, FourierPageSpec
+from fourier_vllm.engine.connectors.choose import row_alignment
 from fourier_vllm.engine.fingerprint import compressed_layers
 from fourier_vllm.engine.metadata import FourierMetadata
 from fourier_vllm.engine.model_weights import UnreadableError, read_projections
-from fourier_vllm.engine.offload.choose import row_alignment
 from fourier_vllm.engine.refuse import check_stage, no_recipe
 from fourier_vllm.engine.sizes import id_bytes, layer_layout, num_local_groups, window_of
 from fourier_vllm.page import PAGE_ALIGNMENT, PageLayout
@@ -65,12 +65,18 @@ class Binding:
 
     Attributes
     ----------
+    layout : PageLayout
+        Pages of the layer on this rank.
+    window : Window
+        Sizes of what is raw.
     local : FourierLocalCache
         The companion that holds raw K and V, registered with vLLM as `local_name`.
     is_derived_from_dummies : bool
         The recipe was measured on, or predicted from, dummy weights.
     """
 
+    layout: PageLayout
+    window: Window
     path: Path
     local: FourierLocalCache
     local_name: str
@@ -132,6 +138,8 @@ def bind(impl: FourierImpl, layer: Any, name: str) -> Binding:
     # Pages differ between layers, and vLLM's hook `customize_spec` knows no layer.
     layer.get_kv_cache_spec = lambda vllm_config: pages
     return Binding(
+        layout=layout,
+        window=window,
         path=_path(impl, layer, layout, window),
         local=local,
         local_name=name + SUFFIX,

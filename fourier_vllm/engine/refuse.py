@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 from packaging.version import Version
 
 from fourier_vllm._text import SUBJECT, show
 from fourier_vllm.config import FourierConfig
+from fourier_vllm.engine.connectors.choose import NIXL, OFFLOAD
+from fourier_vllm.engine.fingerprint import compressed_layers
 from fourier_vllm.engine.measure.possible import why_not
-from fourier_vllm.engine.offload.choose import CONNECTOR
 from fourier_vllm.engine.platform import member
 
 SUPPORTED_VLLM = (Version("0.32"), Version("0.34"))
@@ -118,7 +120,7 @@ def _problems(vllm_config: Any) -> Iterator[tuple[str, str]]:
         yield "--prefix-match-unit", "leave it out"
     if getattr(cache, "kv_cache_dtype_skip_layers", None):
         yield "--kv-cache-dtype-skip-layers", "leave it out"
-    yield from _tier_problems(vllm_config, is_cpu)
+    yield from _connector_problems(vllm_config, is_cpu)
     if cache.sliding_window is not None:
         yield (
             f"a sliding window of {cache.sliding_window} tokens in every layer",
@@ -140,22 +142,40 @@ def _problems(vllm_config: Any) -> Iterator[tuple[str, str]]:
         yield "--no-scheduler-reserve-full-isl", "leave it out"
 
 
-def _tier_problems(vllm_config: Any, is_cpu: bool) -> Iterator[tuple[str, str]]:
-    """Tiers below the GPU's memory that `choose_connector` left, and KV caches sent elsewhere."""
+def _connector_problems(vllm_config: Any, is_cpu: bool) -> Iterator[tuple[str, str]]:
+    """What KV connectors are asked for that `choose_connector` left, or that ours cannot do."""
     cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
     connector = transfer.kv_connector if transfer is not None else None
-    if connector not in (None, CONNECTOR):
-        way_out = f"leave it out, or name {CONNECTOR} to keep pages in CPU memory"
+    if connector not in (None, OFFLOAD, NIXL):
+        way_out = f"leave it out, or name {OFFLOAD} or {NIXL}"
         yield f"the KV connector {show(connector)} (--kv-transfer-config)", way_out
     if cache.kv_offloading_size is not None:
-        yield f"--kv-offloading-backend {cache.kv_offloading_backend}", "leave it out"
-    if connector is None:
-        return
-    tier = "a tier below the prefix cache (--kv-offloading-size, --kv-transfer-config)"
-    if is_cpu:
-        yield f"{tier} on a CPU", "leave it out"
-    if not cache.enable_prefix_caching:
-        yield f"{tier} without one", "leave out --no-enable-prefix-caching"
+        is_native = cache.kv_offloading_backend == "native"
+        beside = "--kv-offloading-size beside --kv-transfer-config"
+        other = f"--kv-offloading-backend {cache.kv_offloading_backend}"
+        yield beside if is_native else other, "leave it out"
+    if connector == OFFLOAD:
+        tier = "a tier below the prefix cache (--kv-offloading-size, --kv-transfer-config)"
+        if is_cpu:
+            yield f"{tier} on a CPU", "leave it out"
+        if not cache.enable_prefix_caching:
+            yield f"{tier} without one", "leave out --no-enable-prefix-caching"
+    elif connector == NIXL:
+        yield from _nixl_problems(vllm_config, is_cpu)
+
+
+def _nixl_problems(vllm_config: Any, is_cpu: bool) -> Iterator[tuple[str, str]]:
+    model, transfer = vllm_config.model_config, vllm_config.kv_transfer_config
+    if find_spec("nixl") is None:
+        yield "NIXL (--kv-transfer-config) without its package", "pip install nixl"
+    if transfer.kv_connector_extra_config.get("bidirectional_kv_xfer"):
+        yield "bidirectional_kv_xfer (--kv-transfer-config)", "leave it out"
+    if transfer.kv_buffer_device == "cpu" and not is_cpu:
+        yield "kv_buffer_device cpu on a GPU (--kv-transfer-config)", "leave it out"
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        yield "NIXL with --pipeline-parallel-size above 1", "use --tensor-parallel-size"
+    if model is not None and len(compressed_layers(model)) < model.hf_text_config.num_hidden_layers:
+        yield "NIXL for models with sliding-window layers", "leave out --kv-transfer-config"
 
 
 def _per_kind(vllm_config: Any) -> Mapping[str, Any]:

@@ -14,10 +14,10 @@ from typing import Any
 from fourier_vllm._text import SUBJECT
 from fourier_vllm.calibration.text import read_text
 from fourier_vllm.config import WEIGHTS, FourierConfig
+from fourier_vllm.engine.connectors.choose import choose_connector
 from fourier_vllm.engine.fingerprint import compressed_layers
 from fourier_vllm.engine.kv_scheme import leave_kv_scheme
 from fourier_vllm.engine.measure.possible import why_not
-from fourier_vllm.engine.offload.choose import choose_connector
 from fourier_vllm.engine.patches import engine_startup, kv_cache_capacity
 from fourier_vllm.engine.platform import member
 from fourier_vllm.engine.recipe_choice import EngineRecipe, engine_recipe

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fourier_vllm.engine.cache.managers import FourierLocalManager
-from fourier_vllm.engine.offload import connector
+from fourier_vllm.engine.connectors import offload as connector
 from tests.support.engine import (
     LOSSLESS,
     blocks_held_after_abort,

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from fourier_vllm.engine import refuse
 from fourier_vllm.engine.refuse import (
     check_reload,
     check_vllm_version,
@@ -76,6 +77,31 @@ def test_advice_does_not_go_round_in_circles():
 
     check_sentence(str(no_recipe(LlamaConfig())), "make one with `fourier-vllm calibrate`")
     check_sentence(str(no_recipe(FalconConfig())), "cannot be calibrated", "leave out --attention-")
+
+
+NIXL = dict(kv_connector="NixlConnector", kv_role="kv_consumer")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        pytest.param(
+            dict(kv_connector_extra_config=dict(bidirectional_kv_xfer=True)),
+            ["bidirectional_kv_xfer", "leave it out"],
+            id="both-ways",
+        ),
+        pytest.param(dict(kv_connector="NixlPushConnector"), ["NixlPushConnector"], id="push"),
+    ],
+)
+def test_nixl(monkeypatch, tmp_path, options, words):
+    monkeypatch.setattr(refuse, "find_spec", lambda _: True)
+    settle(engine_config(tmp_path, kv_transfer_config=NIXL))
+    check_sentence(refusal(tmp_path, kv_transfer_config=NIXL | options), *words)
+
+
+def test_nixl_that_is_not_installed(monkeypatch, tmp_path):
+    monkeypatch.setattr(refuse, "find_spec", lambda _: None)
+    check_sentence(refusal(tmp_path, kv_transfer_config=NIXL), "NIXL", "pip install nixl")
 
 
 NGRAM = dict(method="ngram", num_speculative_tokens=2, prompt_lookup_max=2)

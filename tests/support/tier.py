@@ -143,6 +143,6 @@ def copies_without_cuda(late: int = 0) -> Iterator[dict[str, int]]:
         patch.object(torch.cuda, "Stream", Stream),
         patch.object(torch.cuda, "current_stream", lambda *_: None),
         patch.object(torch, "Event", Event),
-        patch.object(refuse, "_tier_problems", lambda *_: iter(())),
+        patch.object(refuse, "_connector_problems", lambda *_: iter(())),
     ):
         yield made.moved

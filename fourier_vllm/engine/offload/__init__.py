@@ -1,1 +1,0 @@
-"""Sealed pages in vLLM's tiers below the GPU's memory."""
