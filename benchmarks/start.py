@@ -85,7 +85,9 @@ def main() -> None:
             process = context.Process(target=start, args=(options, found))
             process.start()
             row = {"engine": name, "gpus": args.tensor_parallel_size, "shape": args.shape}
-            row |= found.get(timeout=300) | recipe_of(Path(os.environ["FOURIER_CACHE"]))
+            row |= found.get(timeout=300)
+            if engine == MEASURED:
+                row |= recipe_of(Path(os.environ["FOURIER_CACHE"]))
             process.join()
             row |= {"gpu": ask_driver("name"), "commit": commit(), **versions("vllm", "triton")}
             print(row, flush=True)
