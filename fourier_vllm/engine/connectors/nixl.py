@@ -77,13 +77,15 @@ class _Worker(NixlPullConnectorWorker):
         # vLLM's handshake compares the name, and refuses where it differs.
         self.backend_name = f"{self.backend_name} {self._format()}"
         storage = next(iter(kv_caches.values())).untyped_storage()
+        addresses = {cache.untyped_storage().data_ptr() for cache in kv_caches.values()}
+        assert addresses == {storage.data_ptr()}, "the backend's layout has one allocation"
         rows = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         row_bytes = len(rows) // self.num_blocks
         rows = rows[: row_bytes * self.num_blocks].view(self.num_blocks, row_bytes)
         super().register_kv_caches(dict.fromkeys(kv_caches, rows))
 
     def _format(self) -> str:
-        """Digest of what the bytes of a row mean, on all ranks alike."""
+        """Digest of what the bytes of a row mean on this rank."""
         layers = compressed_here(self.vllm_config.compilation_config.static_forward_context)
         found = {name: layer.impl.bound for name, layer in sorted(layers.items())}
         rows = [
