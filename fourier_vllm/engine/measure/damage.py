@@ -10,7 +10,8 @@ none, so both parts of the damage are measured apart.
    else seem 4 to 16 times dearer than it is (Qwen2.5-0.5B). The KL divergence over the energy of the change
    is the price of that layer, in nats. A model in 16 bits rounds its activations, and any change, however
    small, rounds them anew: that alone is .001 nats a token (SmolLM2), ten times what 2-bit pages do to most
-   layers. So the change of the layer's output is enlarged until its KL stands out (`NATS`).
+   layers, and .016 where activations have 8 bits. So the change of the layer's output is enlarged until its
+   KL stands out (`NATS`, `ABOVE_ROUNDING`).
 
 Damage is price times change. Values at 0 bits lose all but their spectral coefficients. That change is large
 and has a direction, so its price is `ALL_LOST` times that of 2 bits.
@@ -49,10 +50,9 @@ KINDS = ("keys", "values")
 ALL_LOST = (
     6  # Their KL is 1 to 5 times what the price of 2 bits says (Qwen2.5-0.5B, but its first layer).
 )
-NATS = (
-    0.015,
-    0.08,
-)  # a token: far above rounding, and KL still grows with the square of the change
+NATS = (0.015, 0.08)  # a token: KL still grows with the square of the change
+ABOVE_ROUNDING = 4  # times what rounding alone gives: the least KL that a price is taken from
+ROUNDING = 2**-8  # of a number: the least change that bfloat16 notices
 FACTORS = (1, 256)  # by which a change is enlarged
 FIRST_FACTOR = 8
 TRIES = 4
@@ -130,7 +130,7 @@ def measure(model: Model, of: Watched, texts: Texts, sizes: Sizes) -> list[Layer
     ValueError
         The model's activations overflow, on all workers at once; in one sentence with the way out.
     """
-    passes = 1 + len(KINDS) * of.num_layers
+    passes = 2 + len(KINDS) * of.num_layers
     with progress(sum(map(len, texts.documents)) + passes * len(texts.medley)) as done:
         changes = _changes(model, of, texts.documents, sizes, done)
         worth = _worth(model, of, texts.medley, sizes, done)
@@ -175,7 +175,7 @@ class _Worth(NamedTuple):
     Attributes
     ----------
     nats : Tensor
-        KL divergences, from the last stage; zeros elsewhere.
+        KL divergences, the same on all workers.
     energy : Tensor
         Squares of what changed in this worker's heads; zeros where another stage has the layer.
     """
@@ -191,9 +191,12 @@ def _worth(model: Model, of: Watched, medley: Tensor, sizes: Sizes, done: Done) 
     window = sizes.page_size, sizes.local_window, sizes.sink_tokens
     read = from_pages(position, tokens, *window)
     chosen: tuple[int, int] | None = None  # layer and kind that go through pages
+    is_rounded = False
     factors: dict[int, float] = dict.fromkeys(range(len(KINDS)), FIRST_FACTOR)
 
     def observe(name: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        if is_rounded and name in of.layers and of.layers[name].ordinal == 0:
+            return _rounded(out, read.any(1))
         if chosen is None or name not in of.layers or of.layers[name].ordinal != chosen[0]:
             return out
         paged = _two_bit_pages(k, v, sizes)
@@ -203,17 +206,26 @@ def _worth(model: Model, of: Watched, medley: Tensor, sizes: Sizes, done: Done) 
         worth.energy[chosen] = change.square().sum(dtype=torch.float64).cpu()
         return out.float() + change
 
+    def nats_a_token(exact: Tensor | None) -> float:
+        """KL of a pass over the medley, on all workers."""
+        found, nats = model.hidden_states(medley), 0.0
+        if exact is not None and found is not None:
+            nats = model.divergence(exact, found)
+        return max(gather(nats)) / tokens
+
     with watched(of.attention, observe):
         exact = model.hidden_states(medley)
+        done(tokens)
+        is_rounded = True
+        band = _band(nats_a_token(exact))
+        is_rounded = False
         done(tokens)
         for chosen in product(range(of.num_layers), range(len(KINDS))):
             # The factor of a layer is the first guess for the next one.
             for _ in range(TRIES):
-                found = model.hidden_states(medley)
-                if exact is not None and found is not None:
-                    worth.nats[chosen] = model.divergence(exact, found)
-                nats = max(gather(float(worth.nats[chosen]))) / tokens
-                better = _factor(factors[chosen[1]], nats)
+                nats = nats_a_token(exact)
+                worth.nats[chosen] = nats * tokens
+                better = _factor(factors[chosen[1]], nats, band)
                 if better is None:
                     break
                 factors[chosen[1]] = better
@@ -227,9 +239,22 @@ def _worth(model: Model, of: Watched, medley: Tensor, sizes: Sizes, done: Done) 
     return worth
 
 
-def _factor(factor: float, nats: float) -> float | None:
-    """What to enlarge a change by instead of `factor`, which gave `nats` a token; None if that will do."""
+def _rounded(out: Tensor, rows: Tensor) -> Tensor:
+    """`out [T, Hq, D]`, in `rows [T]` off by as little as rounds everything behind it anew."""
+    sign = 1 - 2 * (torch.arange(out[0].numel(), device=out.device) % 2).view(out.shape[1:])
+    return out.float() * (1 + ROUNDING * sign * rows[:, None, None])
+
+
+def _band(rounding: float) -> tuple[float, float]:
+    """Nats a token that a price is taken from, where rounding alone gives `rounding`."""
     low, high = NATS
+    raised = max(1.0, ABOVE_ROUNDING * rounding / low)
+    return low * raised, high * raised
+
+
+def _factor(factor: float, nats: float, band: tuple[float, float] = NATS) -> float | None:
+    """What to enlarge a change by instead of `factor`, which gave `nats` a token; None if that will do."""
+    low, high = band
     if low <= nats <= high:
         return None
     wanted = factor * math.sqrt(math.sqrt(low * high) / max(nats, low / 1000))

@@ -36,7 +36,7 @@ from fourier_vllm.recipe.kept import folder
 TOKENS = {"cpu": (1024, 6 * 1024, 512)}
 GPU_TOKENS = (DOCUMENT_TOKENS, 6 * DOCUMENT_TOKENS, 1536)
 PIECE = 128  # tokens of a document in the medley
-METHOD = 3  # raised where the same model and text would give another recipe
+METHOD = 4  # raised where the same model and text would give another recipe
 
 
 def settled(engine: EngineRecipe, vllm_config: Any, attention: Mapping[str, Any]) -> EngineRecipe:

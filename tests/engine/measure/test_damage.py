@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fourier_vllm.engine.measure.damage import FACTORS, NATS, _factor
+from fourier_vllm.engine.measure.damage import FACTORS, NATS, _band, _factor
 
 LOW, HIGH = NATS
 GOAL = math.sqrt(LOW * HIGH)
@@ -29,3 +29,11 @@ def test_bounds():
     assert _factor(FACTORS[1], 0) is None
     assert _factor(8, math.inf) == FACTORS[0]
     assert _factor(FACTORS[0], math.inf) is None
+
+
+def test_the_band_rises_with_rounding():
+    assert _band(0) == _band(LOW / 4) == NATS
+    low, high = _band(LOW)
+    assert low == pytest.approx(4 * LOW)
+    assert high / low == pytest.approx(HIGH / LOW)
+    assert _factor(8, LOW, (low, high)) == pytest.approx(8 * math.sqrt(4 * GOAL / LOW))
