@@ -21,6 +21,12 @@ def save(file: Path, result: Any) -> None:
     file.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def model_of(needles: dict[str, Any]) -> str:
+    """The model of a result of `needles`, and how the engine quantised it."""
+    quantised = needles.get("engine", {}).get("quantization")
+    return f"{needles['model']} {quantised}" if quantised else str(needles["model"])
+
+
 def measured_on(device: str, *packages: str) -> dict[str, Any]:
     """The machine, versions (of `packages` too) and commit of a measurement."""
     return machine(device) | versions(*packages) | {"commit": commit()}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from benchmarks.record import RESULTS, load, save
+from benchmarks.record import RESULTS, load, model_of, save
 from fourier_vllm.evaluation.machine import commit, machine, versions
 
 ALLOWED = {16: 1, 32: 2, 48: 2, 64: 3}  # answers that may differ, of so many
@@ -71,7 +71,7 @@ def from_needles(file: Path) -> Iterator[dict[str, Any]]:
         yield {
             "vllm": found["vllm"],
             "gpu": found["device"],
-            "what": f"needles of {row['questions']}, {result['model']}, {tokens} tokens,"
+            "what": f"needles of {row['questions']}, {model_of(result)}, {tokens} tokens,"
             f" {row['engine']}",
             "stock": stock[tokens],
             "ours": row["right"],

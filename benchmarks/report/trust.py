@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import load
+from benchmarks.record import load, model_of
 from fourier_vllm.evaluation.report import table
 
 
@@ -87,10 +87,7 @@ def needles(results: list[dict[str, Any]]) -> str:
     for result in results:
         for row in result["rows"]:
             tokens = row.get("context_tokens", result.get("context_tokens"))
-            model = " ".join(
-                filter(None, (result["model"], result.get("engine", {}).get("quantization")))
-            )
-            column = found.setdefault(f"{model}, {tokens:,} tokens", {})
+            column = found.setdefault(f"{model_of(result)}, {tokens:,} tokens", {})
             column[row["engine"]] = f"{row['right']} of {row['questions']}"
     engines = list(dict.fromkeys(name for rows in found.values() for name in rows))
     lines = [[x, *(rows.get(x, "") for rows in found.values())] for x in engines]

@@ -47,9 +47,8 @@ from fourier_vllm.page import PageLayout
 
 PRICED_BITS = 2  # most dims get them
 KINDS = ("keys", "values")
-ALL_LOST = (
-    6  # Their KL is 1 to 5 times what the price of 2 bits says (Qwen2.5-0.5B, but its first layer).
-)
+# Their KL is 1 to 5 times what the price of 2 bits says (Qwen2.5-0.5B, but its first layer).
+ALL_LOST = 6
 NATS = (0.015, 0.08)  # a token: KL still grows with the square of the change
 ABOVE_ROUNDING = 4  # times what rounding alone gives: the least KL that a price is taken from
 ROUNDING = 2**-8  # of a number: the least change that bfloat16 notices
@@ -252,7 +251,7 @@ def _band(rounding: float) -> tuple[float, float]:
     return low * raised, high * raised
 
 
-def _factor(factor: float, nats: float, band: tuple[float, float] = NATS) -> float | None:
+def _factor(factor: float, nats: float, band: tuple[float, float]) -> float | None:
     """What to enlarge a change by instead of `factor`, which gave `nats` a token; None if that will do."""
     low, high = band
     if low <= nats <= high:
